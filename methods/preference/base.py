@@ -1,0 +1,131 @@
+"""Candidate lists: the algorithm that the preference family's methods change.
+
+One update on a context x with candidates y_1 … y_P and rewards r_i, by its parts:
+
+    1. anchor_log_prob  a_i = log pi_anchor(y_i | x), without gradient; none here (the uniform anchor)
+    2. score            u_i = (log pi(y_i | x) - a_i) / tau
+    3. target           q = softmax(z(r) / target_temperature), z the z-score over the list; without gradient
+    4. loss             L = mean_x [ - sum_i q_i log softmax(u)_i ]
+    5. penalty          added to L; zero here                            (additive)
+    6. after_update     upkeep after the optimiser's step; none here     (additive)
+
+The gradient of L in log pi(y_i) is (softmax(u)_i - q_i) / tau: constants in log pi or a cancel.
+Source: the anchored cross-entropy of ADPO (arXiv 2510.18913), of which distillation, SFT on a list and DPO are cases.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from methods.common.networks import describe_mlp
+from methods.common.policies import GaussianPolicy
+from methods.preference import targets
+from runner.interface import Method, Spec, knob
+
+
+class CandidateLists(Method):
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        tau: float = knob(1.0, "temperature of the scores", low=1e-6, source="sheet [86]")
+        target: str = knob("zscore", "rewards over a list are used as they are, as z-scores, as kernel-smoothed ranks "
+                           "(two forms), or only the best one counts", source="sheet [86]",
+                           choices=["raw", "zscore", "rank_kde", "smoothed_rank", "hard"])
+        target_temperature: float = knob(0.5, "temperature of the target distribution (beta_r, T_q)", low=1e-6,
+                                         source="sheet [86]")
+        hidden: tuple[int, ...] = knob((64, 64), "widths of the student's hidden layers", low=1, source="sheet [86]")
+        activation: str = knob("tanh", "between the student's layers", choices=["relu", "tanh", "silu", "gelu"])
+        log_std: float = knob(-0.5, "initial log standard deviation of the student")
+        log_std_low: float = knob(-5.0, "lower bound of the log standard deviation", source="sheet [86]")
+        log_std_high: float = knob(2.0, "upper bound of the log standard deviation", source="sheet [86]")
+        learning_rate: float = knob(1e-3, "Adam's", low=0.0, source="sheet [86]")
+        clip: float = knob(1.0, "bound of the gradient's norm; 0: none", low=0.0, source="sheet [86]")
+
+    PARTS = ("anchor_log_prob", "score", "target", "loss", "penalty", "after_update")
+    ADDITIVE = ("penalty", "after_update")
+    records_behaviour = False  # whether batches should hold the log-probs with which they were drawn
+
+    def setup(self, spec: Spec):
+        c = self.config
+        self.policy = GaussianPolicy(spec.observation_size, spec.action_size, c.hidden, c.activation, c.log_std,
+                                     (c.log_std_low, c.log_std_high))
+
+    def make_optimizers(self):
+        adam = torch.optim.Adam(self.policy.parameters(), lr=self.config.learning_rate, fused=True)
+        self.optimizers = {"policy": adam}
+
+    def prepare(self, data):
+        """Normalise observations by the training contexts (n, S): 1e-3 is added to the deviation, not the variance."""
+        self.policy.offset.copy_(data["context"].mean(0))
+        self.policy.scale.copy_(data["context"].std(0) + 1e-3)
+
+    def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """batch: context (B, S), candidates (B, P, A), reward and teacher_log_prob (B, P)."""
+        log_prob = self.policy.log_prob(batch["context"], batch["candidates"])
+        with torch.no_grad():
+            anchor = self.anchor_log_prob(batch)
+            target = self.target(batch, anchor)
+        score = self.score(log_prob, anchor, batch)
+        loss = self.loss(score, target, batch)
+        penalty = self.penalty(batch, log_prob, anchor)
+        self.minimise(loss if penalty is None else loss + penalty, "policy", self.config.clip)
+        self.after_update()
+        return {"loss": loss.detach(), "candidate_log_prob": log_prob.detach().mean(),
+                "student_log_std": self.policy.log_std.detach().mean()}
+
+    # -- parts
+    def anchor_log_prob(self, batch) -> Tensor | None:
+        """a (B, P), or None for the uniform anchor."""
+        return None
+
+    def score(self, log_prob: Tensor, anchor: Tensor | None, batch) -> Tensor:
+        """u (B, P)"""
+        return (log_prob if anchor is None else log_prob - anchor) / self.config.tau
+
+    def target(self, batch, anchor: Tensor | None) -> Tensor:
+        """q (B, P), rows sum to 1."""
+        return targets.distribution(batch["reward"], self.config.target, self.config.target_temperature)
+
+    def loss(self, score: Tensor, target: Tensor, batch) -> Tensor:
+        """u, q (B, P) -> scalar"""
+        return -(target * score.log_softmax(-1)).sum(-1).mean()
+
+    def penalty(self, batch, log_prob: Tensor, anchor: Tensor | None) -> Tensor | None:
+        """Added to the loss; overriders add to super()'s (None counts as zero)."""
+        return None
+
+    def after_update(self):
+        """After the optimiser's step; overriders call super()'s."""
+
+    # -- what a world asks for
+    @torch.no_grad()
+    def act(self, observation: Tensor, explore: bool) -> Tensor:
+        if explore:
+            return self.policy.sample(observation, 1).squeeze(1)
+        return self.policy(observation)[0]
+
+    @torch.no_grad()
+    def sample(self, context: Tensor, number: int) -> Tensor:
+        """(n, S) -> (n, number, A), from the policy as it is."""
+        return self.policy.sample(context, number)
+
+    @torch.no_grad()
+    def log_prob(self, context: Tensor, candidates: Tensor) -> Tensor:
+        """(n, S), (n, P, A) -> (n, P)"""
+        return self.policy.log_prob(context, candidates)
+
+    @torch.no_grad()
+    def distribution(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, S) -> mean (n, A), standard deviation (n, A)"""
+        mean, log_std = self.policy(context)
+        return mean, log_std.exp().expand_as(mean)
+
+    def export(self):
+        """The mean network with the normalisation folded into its first layer, and so a plain MLP."""
+        tensors = {k: v.clone() for k, v in self.policy.net.state_dict().items()}
+        weight = tensors["0.weight"] / self.policy.scale
+        tensors["0.bias"] = tensors["0.bias"] - weight @ self.policy.offset
+        tensors["0.weight"] = weight
+        return tensors, describe_mlp(self.policy.net)

@@ -1,0 +1,185 @@
+"""From the words of a command line to one checked, complete, plain configuration. All use of Hydra is here.
+
+Hydra composes the config groups and applies the overrides; nothing is instantiated. Precedence, weakest first:
+Config defaults, the method's and env's yaml, the size, the env's and then the method's values for that size, the
+command line. The result is a plain dict that holds every value, also the defaults, and so can be hashed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import NamedTuple
+
+from runner import catalogue, settings
+from runner.errors import UserError, unknown
+from runner.knobs import fill, knobs_of
+
+SECTIONS = {"loop": settings.Loop, "hardware": settings.Hardware, "logger": settings.Logger}
+TOP = ("method", "env", "hardware", "size", "logger", "loop", "seed", "runs")
+
+
+class Job(NamedTuple):
+    """One composed run. `config` is complete and plain; `id` is its identity."""
+
+    config: dict
+    methods: list
+    env: catalogue.Entry
+    id: str
+
+    @property
+    def name(self) -> str:
+        """The folder's name: readable first, then the identity."""
+        return f"{self.config['method']['name']}-{self.config['env']['name']}-s{self.config['seed']}-{self.id}"
+
+
+def identity(config: dict) -> str:
+    """The hash of a complete config, without the keys that do not change what is computed."""
+    kept = json.loads(json.dumps(config))
+    for key in settings.EXCLUDED:
+        *path, last = key.split(".")
+        section = kept
+        for step in path:
+            section = section[step]
+        section.pop(last, None)
+    text = json.dumps(kept, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def split_override(word: str) -> tuple[str, str]:
+    key, eq, value = word.partition("=")
+    if not eq or not key:
+        raise UserError(f"'{word}' is not an override; write key=value, for example seed=1 or method.tau=0.5")
+    return key, value
+
+
+def compose(words: list[str], book: catalogue.Catalogue) -> Job:
+    """`words`: overrides in Hydra's grammar, without sweeps. Raises UserError for anything that is not right."""
+    given = [split_override(w) for w in words]
+    chosen = {k.lstrip("+"): v.strip("'\"") for k, v in given if k.lstrip("+") in catalogue.GROUPS}
+    for group in ("method", "env"):
+        if not chosen.get(group):
+            known = book.names(group)
+            raise UserError(f"no {group} chosen; write {group}=NAME\nknown: {', '.join(known[:12])}"
+                            + (", …" if len(known) > 12 else "")
+                            + "\nexample: python -m runner method=adpo env=halfcheetah")
+    methods = book.methods(chosen["method"])
+    env = book.get("env", chosen["env"])
+    for group in ("hardware", "size", "logger"):
+        if group in chosen and chosen[group] not in book.names(group):
+            raise unknown(group, chosen[group], book.names(group))
+    book.check_pairing(methods, env)
+
+    size = chosen.get("size", "claim")
+    weak = []
+    streams = {n for m in methods for n in m.needs}
+    for stream in sorted(streams & set(env.sizes.get(size, {}))):
+        weak += [f"++{k}={json.dumps(v)}" for k, v in env.sizes[size][stream].items()]
+    for entry in methods:
+        weak += [f"++{k}={json.dumps(v)}" for k, v in entry.sizes.get(size, {}).items()]
+    strong = []
+    for (key, value), word in zip(given, words):
+        bare = key.lstrip("+~")
+        if bare in ("method", "env"):
+            continue
+        if bare in ("hardware", "size", "logger"):
+            strong.append(f"{bare}={value}")
+            continue
+        _check_key(bare, methods, env)
+        strong.append(word if word[0] in "~" else f"++{bare}={value}")
+    raw = _hydra(methods, env, weak + strong)
+    return _finish(raw, methods, env, size)
+
+
+def _known_keys(methods, env) -> list[str]:
+    keys = list(TOP)
+    keys += [f"method.{k.name}" for k in catalogue.composed_knobs(methods)]
+    keys += [f"env.{k.name}" for k in catalogue.knobs(env)]
+    keys += [f"{s}.{f.name}" for s, c in SECTIONS.items() for f in dataclasses.fields(c)]
+    return keys
+
+
+def _check_key(key, methods, env):
+    known = _known_keys(methods, env)
+    if key not in known:
+        raise unknown("key", key, known, f"`python -m runner show {methods[0].name}` lists its settings")
+
+
+def _hydra(methods, env, overrides) -> dict:
+    from hydra import compose as hydra_compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    choices = []
+    store = ConfigStore.instance()
+    for group, entry in (("method", methods[0]), ("env", env)):
+        if entry.family == "include":
+            store.store(group=f"{group}/include", name=entry.name, node={"card": {}, **entry.values})
+        choices.append(f"{group}={entry.family}/{entry.name}")
+    for entry in methods[1:]:  # a+b: b's changed values over a's
+        for key, value in entry.values.items():
+            if methods[0].values.get(key, value) != value:
+                raise UserError(f"{methods[0].name} + {entry.name}: both set '{key}', differently; "
+                                f"choose with method.{key}=…")
+            choices.append(f"++method.{key}={json.dumps(value)}")
+    try:
+        with initialize_config_dir(str(catalogue.CONF), version_base="1.3"):
+            return OmegaConf.to_container(hydra_compose("config", overrides=choices + overrides), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()
+        raise UserError("this configuration cannot be composed: " + "; ".join(reason[:2])) from None
+
+
+def _finish(raw: dict, methods, env, size) -> Job:
+    """Check everything against the schemas and fill in the defaults."""
+    for key in raw:
+        if key not in TOP:
+            raise unknown("key", key, TOP)
+    sections = {}
+    for section, schema in SECTIONS.items():
+        sections[section] = fill(knobs_of(schema), raw.get(section) or {}, section)
+    method = {k: v for k, v in raw["method"].items() if k not in ("card", "sizes")}
+    world = {k: v for k, v in raw["env"].items() if k not in ("card", "sizes")}
+    seed = raw.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
+        raise UserError(f"seed={seed!r} must be a whole number from 0 to 2147483647")
+    config = {
+        "method": {"name": "+".join(e.name for e in methods), **fill(catalogue.composed_knobs(methods), method, "method")},
+        "env": {"name": env.name, **fill(catalogue.knobs(env), world, "env")},
+        "size": size,
+        **sections,
+        "seed": seed,
+        "runs": str(raw.get("runs") or "runs"),
+    }
+    config = json.loads(json.dumps(config))  # tuples become lists, as they will be read back
+    return Job(config, methods, env, identity(config))
+
+
+def rebuild(config: dict, book: catalogue.Catalogue) -> Job:
+    """The Job of a recorded config (run.json): its methods and env are looked up again."""
+    return Job(config, book.methods(config["method"]["name"]), book.get("env", config["env"]["name"]), identity(config))
+
+
+def expand(words: list[str]) -> list[list[str]]:
+    """A sweep in Hydra's grammar -> one list of overrides a run: `method=a,b seed=range(0,3)` gives six."""
+    from itertools import product
+
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    axes = []
+    for word in words:
+        split_override(word)
+        try:
+            override = parser.parse_override(word)
+            if override.is_sweep_override():
+                axes.append([f"{override.get_key_element()}={v}" for v in override.sweep_string_iterator()])
+            else:
+                axes.append([word])
+        except HydraException as error:
+            raise UserError(f"'{word}' cannot be read: {str(error).strip().splitlines()[0]}") from None
+    return [list(combination) for combination in product(*axes)]

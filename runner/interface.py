@@ -1,0 +1,194 @@
+"""The whole contract between methods, worlds and the loop, on one page.
+
+A method holds networks, optimisers and one `update`; a world holds an environment or a data set, hands out batches
+through a stream, and is the only one who evaluates; the loop (runner/loop.py) owns everything else: device,
+precision, gradient synchronisation, logging, checkpoints, signals.
+
+All state is: the method's nn.Module state, its optimisers, its `extra_state()`, the stream's `state_dict()` and the
+random number generators. Nothing else may exist, or a killed run could not continue to the bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from runner.knobs import knob  # noqa: F401  (methods and worlds import it from here)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Shapes that a method builds its networks from. Only what the world has is set."""
+
+    observation_size: int | None = None   # length of an observation vector
+    action_size: int | None = None        # length of an action vector; actions lie in [-1, 1]
+    candidates: int | None = None         # length of a candidate list
+    classes: int | None = None
+    vocabulary: int | None = None
+
+
+class Metric(NamedTuple):
+    """What a gold metric means: which way is better, and in what unit."""
+
+    direction: str  # "max", "min" or "none"
+    unit: str = ""
+    help: str = ""
+
+
+class Engine:
+    """How gradients are made and shared. The loop puts its own in place; this one serves a single process."""
+
+    def backward(self, loss: Tensor):
+        loss.backward()
+
+    def synchronise(self, parameters: list[nn.Parameter]):
+        """Average gradients over processes."""
+
+
+class Method(nn.Module):
+    """A learning rule. Subclass in methods/<family>/, override the named parts of the family's base algorithm."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        """The only schema and the only defaults (see runner/knobs.py)."""
+
+    PARTS: tuple[str, ...] = ()      # the steps of the base algorithm that a method may override
+    ADDITIVE: tuple[str, ...] = ()   # those that call super() and add, and therefore combine in `a+b`
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.updates = 0             # updates made so far; the loop counts and restores it
+        self.engine = Engine()
+
+    # -- what a method may define
+    def setup(self, spec: Spec):
+        """Build the networks from shapes."""
+        raise NotImplementedError(f"{type(self).__name__}.setup")
+
+    def make_optimizers(self):
+        """Fill `self.optimizers`. Apart from setup, because between the two the loop may shard the networks."""
+        raise NotImplementedError(f"{type(self).__name__}.make_optimizers")
+
+    def prepare(self, data: dict[str, Tensor]):
+        """Host work before training on what the stream offers as `data()`: statistics, an index. Runs at every start."""
+
+    def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One step. Returns metrics as device tensors (scalars); never synchronises with the host."""
+        raise NotImplementedError(f"{type(self).__name__}.update")
+
+    def act(self, observation: Tensor, explore: bool) -> Tensor:
+        """observation (n, observation_size) -> action (n, action_size) in [-1, 1]."""
+        raise NotImplementedError(f"{type(self).__name__} does not act")
+
+    def extra_state(self) -> dict:
+        """State besides modules and optimisers: plain values and tensors."""
+        return {}
+
+    def load_extra_state(self, state: dict):
+        pass
+
+    def export(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """(tensors, description) of what is used after training: no optimisers, no targets."""
+        return dict(self.state_dict()), {"kind": "state_dict"}
+
+    # -- what it may use
+    def minimise(self, loss: Tensor, name: str, clip: float = 0.0):
+        """One step of optimiser `name` on `loss`; `clip` > 0 bounds the gradient's norm."""
+        optimizer = self.optimizers[name]
+        optimizer.zero_grad(set_to_none=True)
+        self.engine.backward(loss)
+        parameters = optimizer.param_groups[0]["params"]
+        self.engine.synchronise(parameters)
+        if clip > 0:
+            nn.utils.clip_grad_norm_(parameters, clip)
+        optimizer.step()
+
+
+class Stream:
+    """The batches of a run; the only thing that differs between replay, rollouts, images, prompts and bandits."""
+
+    def next(self) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def data(self) -> dict[str, Tensor] | None:
+        """What a method may look at before training, or None."""
+
+    def counters(self) -> dict[str, int]:
+        """Numbers logged with every line, such as env_steps."""
+        return {}
+
+    def state_dict(self) -> dict:
+        """Nested dicts and lists of tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict):
+        pass
+
+    # Rows that are only ever added, such as a replay buffer's, are saved once and not with every checkpoint.
+    def journal_size(self) -> int:
+        return 0
+
+    def journal_rows(self, begin: int, end: int) -> Tensor | None:
+        """Rows [begin, end) of everything ever added, on the CPU; rows no longer needed may be left out by `begin`."""
+
+    def journal_first(self) -> int:
+        """The oldest row that is still needed."""
+        return 0
+
+    def load_journal(self, rows: Tensor, first: int):
+        """Take back rows saved before; `first` is the number of the first of them."""
+
+
+class World:
+    """An environment or a data set, and the yardstick: evaluation belongs to the world."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        """The only schema and the only defaults (see runner/knobs.py)."""
+
+    metrics: dict[str, Metric] = {}
+
+    def __init__(self, config, device: torch.device | str = "cpu"):
+        self.config = config
+        self.device = torch.device(device)
+
+    def spec(self) -> Spec:
+        raise NotImplementedError
+
+    def stream(self, method: Method, kind: str, seed: int) -> Stream:
+        """The batches of one kind (a method's card `needs` it, the env's card `provides` it)."""
+        raise NotImplementedError
+
+    def validate(self, method: Method) -> dict[str, float]:
+        """Held-out figures that may choose weights; never the gold metric. The first one decides; lower is better."""
+        return {}
+
+    def evaluate(self, method: Method, seed: int) -> dict[str, float]:
+        """Gold metrics, the same yardstick for every method. Uses its own randomness only."""
+        raise NotImplementedError
+
+    def references(self, seed: int) -> dict[str, dict[str, float]]:
+        """Rows printed beside every result: {name: gold metrics}, such as a random policy's."""
+        return {}
+
+
+def compose_class(classes: list[type]) -> type:
+    """The class of `a+b`: every method's parts over the common base, additive parts chained by super()."""
+    if len(classes) == 1:
+        return classes[0]
+    kept = [c for c in classes if not any(o is not c and issubclass(o, c) for o in classes)]
+    return type("+".join(c.__name__ for c in kept), tuple(kept), {}) if len(kept) > 1 else kept[0]
+
+
+def make_config(config_classes: list[type], values: dict):
+    """A frozen Config from plain values; lists become tuples."""
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    if len(config_classes) == 1:
+        return config_classes[0](**values)
+    fields = [(k, object, dataclasses.field(default=None)) for k in values]
+    return dataclasses.make_dataclass("Config", fields, frozen=True)(**values)

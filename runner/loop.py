@@ -1,0 +1,267 @@
+"""The one training loop: next -> update -> log -> validate -> evaluate -> save -> stop.
+
+It owns device, precision, gradient synchronisation, logging, checkpoints and the random state; it knows no method and
+no world. Between two events (a log line, a checkpoint, …) a step costs one comparison beyond the method's own work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+
+import numpy as np
+import torch
+
+from runner.checkpoint import Checkpoints, Corrupt
+from runner.interface import Engine, Method, Stream, World
+from runner.record import Record
+
+
+class Preempted(Exception):
+    """The run was asked to stop; its state is saved."""
+
+
+def rng_state() -> dict:
+    numpy_state = np.random.get_state()
+    version, words, gauss = random.getstate()
+    state = {"torch": torch.get_rng_state(), "python": [version, list(words), gauss],
+             "numpy": [numpy_state[0], numpy_state[1].tolist(), *map(float, numpy_state[2:])]}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict):
+    torch.set_rng_state(state["torch"].cpu())
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, words, position, has, cached = state["numpy"]
+    np.random.set_state((name, np.array(words, dtype=np.uint32), int(position), int(has), cached))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def seed_everything(seed: int):
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def aside():
+    """Work that must not touch the run's randomness: evaluation, validation."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)
+
+
+def whole(state):
+    """Sharded tensors gathered: what is saved does not depend on the number of processes. All ranks must call it."""
+    if isinstance(state, dict):
+        return {k: whole(v) for k, v in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(whole(v) for v in state)
+    return state.full_tensor() if hasattr(state, "full_tensor") else state
+
+
+def load_whole(current, saved):
+    """`saved` (whole tensors) laid out like `current` (maybe sharded)."""
+    if isinstance(saved, dict):
+        return {k: load_whole(current.get(k) if isinstance(current, dict) else None, v) for k, v in saved.items()}
+    if hasattr(current, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+        return distribute_tensor(saved.to(current.device), current.device_mesh, current.placements)
+    return saved
+
+
+class FabricEngine(Engine):
+    """Backward through Fabric's precision plugin; gradients averaged over ranks in one flat message."""
+
+    def __init__(self, fabric):
+        self.fabric = fabric
+        self.backward = fabric.backward if "16" in fabric._precision.precision else Engine.backward.__get__(self)
+
+    def synchronise(self, parameters):
+        if self.fabric.world_size == 1:
+            return
+        from torch.distributed.tensor import DTensor
+        gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+        if gradients:
+            flat = torch.cat([g.reshape(-1) for g in gradients])
+            flat = self.fabric.all_reduce(flat, reduce_op="mean")
+            for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+                g.copy_(part.view_as(g))
+
+
+class Loop:
+    """Trains one method on one stream. `record` is None on ranks above 0 and in unit tests, which may also do without
+    `checkpoints` and `fabric`."""
+
+    def __init__(self, method: Method, world: World, stream: Stream, settings, *, seed: int, record: Record | None = None,
+                 checkpoints: Checkpoints | None = None, fabric=None, progress=None, loggers=(), stop=None):
+        self.method, self.world, self.stream, self.settings, self.seed = method, world, stream, settings, seed
+        self.record, self.fabric, self.progress, self.loggers = record, fabric, progress, loggers
+        self.stop = stop or (lambda: False)
+        self.step = 0
+        self.best: dict | None = None       # {"step", "value", "weights"} of the best validation
+        self.checkpoints = checkpoints
+        self.saved = time.monotonic()
+        self.autocast = None
+        if fabric is not None:
+            method.engine = FabricEngine(fabric)
+            if fabric._precision.precision != "32-true":
+                self.autocast = fabric.autocast
+
+    # -- state
+    def state(self) -> dict:
+        method = self.method
+        return {
+            "step": self.step,
+            "modules": whole(dict(method.state_dict())),
+            "optimizers": whole({n: o.state_dict() for n, o in method.optimizers.items()}),
+            "extra": method.extra_state(),
+            "stream": self.stream.state_dict(),
+            "rng": rng_state(),
+            "best": self.best,
+            "metrics_size": self.record.metrics_size() if self.record else 0,
+        }
+
+    def load_state(self, state: dict):
+        self.step = self.method.updates = state["step"]
+        self._load_modules(state["modules"])
+        for name, optimizer in self.method.optimizers.items():
+            saved = state["optimizers"][name]
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for index, values in saved["state"].items():
+                saved["state"][index] = {k: load_whole(parameters[index] if v.dim() else None, v) if torch.is_tensor(v)
+                                         else v for k, v in values.items()}
+            optimizer.load_state_dict(saved)
+        self.method.load_extra_state(state["extra"])
+        self.stream.load_state_dict(state["stream"])
+        self.best = state["best"]
+        set_rng_state(state["rng"])
+
+    def _load_modules(self, saved: dict):
+        self.method.load_state_dict(load_whole(dict(self.method.state_dict()), saved))
+
+    def resume(self) -> list[str]:
+        """Continue from the newest checkpoint that every rank can read. Returns what a person should be told."""
+        told = []
+        for step in self._agree(self.checkpoints.steps()):
+            state = None
+            try:
+                state = self.checkpoints.load(step, self.stream)
+            except Corrupt as error:
+                told.append(f"checkpoint of step {step} cannot be used: {error}; falling back to the previous one")
+            if not self._all(state is not None):
+                continue
+            self.load_state(state)
+            self._open_metrics(state["metrics_size"])
+            return [*told, f"continuing from step {step}"]
+        self._open_metrics(0)
+        return [*told, "no usable checkpoint: starting again"] if told else told
+
+    def _open_metrics(self, size: int):
+        if self.record:
+            self.record.open_metrics(size)
+
+    def _agree(self, value):
+        """Rank 0's value, on every rank: a decision that hangs on the clock or a signal must be one decision."""
+        return value if self.fabric is None or self.fabric.world_size == 1 else self.fabric.broadcast(value, 0)
+
+    def _all(self, flag: bool) -> bool:
+        if self.fabric is None or self.fabric.world_size == 1:
+            return flag
+        return bool(self.fabric.all_reduce(torch.tensor(float(flag), device=self.fabric.device), reduce_op="sum")
+                    == self.fabric.world_size)
+
+    def save(self):
+        if self.checkpoints and (self.step not in self.checkpoints.steps()[:1]):
+            self.checkpoints.save(self.step, self.state(), self.stream)
+            if self.record:
+                self.record.event("saved", step=self.step)
+        self.saved = time.monotonic()
+
+    # -- training
+    def run(self):
+        """Train to `settings.steps`. Raises Preempted after saving when asked to stop."""
+        s, method, stream = self.settings, self.method, self.stream
+        update = method.update
+        if self.autocast:
+            inner = method.update
+
+            def update(batch):
+                with self.autocast():
+                    return inner(batch)
+
+        method.train()
+        while self.step < s.steps:
+            event = self._next_event()
+            while self.step < event:
+                metrics = update(stream.next())
+                self.step = method.updates = self.step + 1
+            self._at_event(metrics)
+
+    def _next_event(self) -> int:
+        """The next step at which the loop has to do more than train."""
+        s, step = self.settings, self.step
+        every = [n for n in (s.log_every, s.eval_every, s.validate_every, s.save_steps) if n]
+        return min([step - step % n + n for n in every] + [s.steps])
+
+    def _at_event(self, metrics):
+        s, step, last = self.settings, self.step, self.step == self.settings.steps
+        line = {}
+        if step % s.log_every == 0 or last:
+            names = list(metrics)
+            values = torch.stack([metrics[n].detach().float().reshape(()) for n in names]).tolist()
+            line.update({k: v for k, v in self.stream.counters().items()})
+            line.update(zip(names, values))
+        if s.validate_every and (step % s.validate_every == 0 or last):
+            line.update(self._validate())
+        if s.eval_every and step % s.eval_every == 0 and not last:
+            with aside():
+                line.update({f"eval/{k}": v for k, v in self.world.evaluate(self.method, self.seed).items()})
+        if line:
+            self._log({"step": step, **line})
+        late = bool(s.save_seconds) and time.monotonic() - self.saved > s.save_seconds
+        stop, late = self._agree((bool(self.stop()), late))
+        if late or s.save_steps and step % s.save_steps == 0:
+            self.save()
+        if stop:
+            self.save()
+            raise Preempted
+
+    def _validate(self) -> dict:
+        with aside():
+            figures = self.world.validate(self.method)
+        if figures:
+            value = next(iter(figures.values()))
+            if self.best is None or value < self.best["value"]:
+                weights = {k: v.detach().clone() for k, v in whole(dict(self.method.state_dict())).items()}
+                self.best = {"step": self.step, "value": value, "weights": weights}
+        return figures
+
+    def _log(self, line: dict):
+        line = {k: (v if not isinstance(v, float) or v == v else None) for k, v in line.items()}  # NaN is not json
+        if self.record:
+            self.record.log(line)
+        for logger in self.loggers:
+            logger.log(line)
+        if self.progress:
+            self.progress.update(line)
+
+    # -- the end
+    def select(self):
+        """Put the weights that are to be evaluated into the method (see Loop.select in runner/settings.py)."""
+        if self.settings.select == "best" and self.best is not None:
+            self._load_modules(self.best["weights"])
+            return self.best["step"]
+        return self.step
+
+    def evaluate(self) -> dict[str, float]:
+        self.method.eval()
+        with aside():
+            return self.world.evaluate(self.method, self.seed)

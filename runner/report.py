@@ -1,0 +1,136 @@
+"""Tables in the terminal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from runner.record import Lock, Record, folders, lines
+from runner.errors import UserError
+
+
+def _console():
+    from rich.console import Console
+    return Console(highlight=False, soft_wrap=False)
+
+
+def _table(columns, right=()):
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i in right else "left", overflow="fold")
+    return table
+
+
+def number(value) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def result_table(name: str, metrics: dict, references: dict):
+    """One row for the run, one for each reference, one column for each metric."""
+    columns = list(metrics)
+    table = _table(["", *columns], right=range(1, len(columns) + 1))
+    table.add_row(f"[bold]{name}", *(f"[bold]{number(metrics.get(c))}" for c in columns))
+    for who, row in references.items():
+        table.add_row(who, *(number(row.get(c)) for c in columns))
+    return table
+
+
+def print_result(run: dict):
+    console, config = _console(), run["config"]
+    if run.get("already"):
+        console.print("this run is finished; here is its result (--force runs it again, --fork makes a copy)")
+    title = (f"{config['method']['name']} on {config['env']['name']}: size {config['size']}, seed {run['seed']}, "
+             f"step {run['evaluated_step']:,} of {run['step']:,}, {run['seconds']:.0f} s")
+    print(title)
+    console.print(result_table(config["method"]["name"], run["metrics"], run["references"]))
+    print(f"record: {run['folder']}")
+
+
+def print_evaluation(folder: Path, job, metrics, references):
+    print(f"{folder.name} on {job.config['env']['name']}")
+    _console().print(result_table(job.config["method"]["name"], metrics, references))
+    print(f"recorded in {folder / 'evaluations.jsonl'}")
+
+
+def _load(runs: Path, filters: list[str]) -> list[dict]:
+    """Records of the runs whose name, or whose key=value, fits every filter word."""
+    out = []
+    for folder in folders(runs):
+        run = Record(folder).read()
+        run["folder"] = str(folder)
+        if run["status"] == "running" and Lock(folder).holder() is None:
+            run["status"] = "killed"
+        if all(_fits(run, word) for word in filters):
+            out.append(run)
+    return out
+
+
+def _fits(run: dict, word: str) -> bool:
+    key, eq, value = word.partition("=")
+    if not eq:
+        return word in Path(run["folder"]).name
+    if key == "status":
+        return run["status"] in value.split(",")
+    found = run["config"]
+    for step in key.split("."):
+        if not isinstance(found, dict) or step not in found:
+            raise UserError(f"filter '{word}': runs have no '{key}'; try method=…, env=…, seed=…, size=…, status=…")
+        found = found[step]
+    if isinstance(found, dict):
+        found = found.get("name", found)
+    return str(found).lower() in value.lower().split(",")
+
+
+def _nothing(runs, filters):
+    print(f"no runs in {runs}" + (f" fit {' '.join(filters)}" if filters else ""))
+    return 0
+
+
+def print_status(runs: Path, filters: list[str], as_json: bool) -> int:
+    found = _load(runs, filters)
+    if as_json:
+        print(json.dumps([{k: r.get(k) for k in ("name", "id", "status", "folder", "started", "updated", "seconds", "error")}
+                          | {"step": _step(r), "steps": r["config"]["loop"]["steps"]} for r in found], indent=1))
+        return 0
+    if not found:
+        return _nothing(runs, filters)
+    table = _table(["run", "status", "step", "of", "updated"], right=(2, 3))
+    for r in found:
+        note = f" ({r['error'][:60]})" if r["status"] == "failed" else ""
+        table.add_row(Path(r["folder"]).name, r["status"] + note, number(_step(r)), number(r["config"]["loop"]["steps"]),
+                      r.get("updated", ""))
+    _console().print(table)
+    return 0
+
+
+def _step(run: dict):
+    if run.get("status") == "done":
+        return run.get("step")
+    logged = lines(Path(run["folder"]) / "metrics.jsonl")
+    return logged[-1]["step"] if logged else 0
+
+
+def print_results(runs: Path, filters: list[str], as_json: bool) -> int:
+    found = [r for r in _load(runs, filters) if r["status"] == "done"]
+    if as_json:
+        print(json.dumps([{k: r.get(k) for k in ("name", "id", "folder", "seed", "metrics", "references", "seconds", "commit")}
+                          | {"method": r["config"]["method"]["name"], "env": r["config"]["env"]["name"],
+                             "size": r["config"]["size"]} for r in found], indent=1))
+        return 0
+    if not found:
+        return _nothing(runs, filters)
+    metrics = list(dict.fromkeys(k for r in found for k in r["metrics"]))
+    table = _table(["method", "env", "size", "seed", "id", *metrics], right=range(3, 5 + len(metrics)))
+    for r in sorted(found, key=lambda r: (r["config"]["env"]["name"], r["config"]["method"]["name"], r["seed"])):
+        c = r["config"]
+        table.add_row(c["method"]["name"], c["env"]["name"], c["size"], str(r["seed"]), r["id"],
+                      *(number(r["metrics"].get(m)) for m in metrics))
+    _console().print(table)
+    return 0

@@ -1,0 +1,309 @@
+"""One run, from a composed job to its result: builds method and world, trains, evaluates, leaves the record."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from runner import catalogue, record as records
+from runner.compose import Job
+from runner.errors import UserError
+from runner.record import Lock, Record
+
+
+class Failed(Exception):
+    """A bug in a method or a world; the traceback lies in the run's folder."""
+
+
+def gpus_present() -> bool:
+    """Whether this machine shows a GPU, told without torch (device files of NVIDIA and AMD; Apple's by platform)."""
+    return bool(list(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists() or Path("/dev/dxg").exists()
+                or sys.platform == "darwin")
+
+
+def check_hardware(config: dict):
+    """Refuse a GPU that is not there."""
+    if config["hardware"]["accelerator"] == "gpu":
+        present = gpus_present()
+        if present and "torch" in sys.modules:
+            import torch
+            present = torch.cuda.is_available()
+        if not present:
+            raise UserError("hardware.accelerator=gpu, but no GPU is usable here (none present, or torch was built "
+                            "without it)\nuse hardware=auto or hardware=cpu")
+
+
+def folder_of(job: Job) -> Path:
+    return Path(job.config["runs"]) / job.name
+
+
+def prepare_folder(job: Job, force: bool, fork: bool) -> tuple[Path, dict | None]:
+    """Where the run lives and what is recorded of it. Writes nothing, except that --force clears the folder."""
+    folder = folder_of(job)
+    if fork:
+        number = 2
+        while (folder.parent / f"{folder.name}-fork{number}").exists():
+            number += 1
+        return folder.parent / f"{folder.name}-fork{number}", None
+    run = Record(folder).read() if folder.exists() and not force else None
+    holder = Lock(folder).holder() if folder.exists() else None
+    if holder is not None and (force or run is None or run["status"] != "done"):
+        raise UserError(f"another process works on this run: pid {holder['pid']} on {holder['host']}, since "
+                        f"{holder['since']}\nfolder: {folder}\nwait for it, stop it, or start a copy of your own with --fork")
+    if force and folder.exists():
+        shutil.rmtree(folder)
+    return folder, run
+
+
+def build(job: Job, device, seed: int | None = None):
+    """(method, world) on `device`, not yet set up; imports the code."""
+    from runner.interface import compose_class, make_config
+
+    classes = [catalogue.load_class(e) for e in job.methods]
+    world_class = catalogue.load_class(job.env)
+    method_values = {k: v for k, v in job.config["method"].items() if k != "name"}
+    world_values = {k: v for k, v in job.config["env"].items() if k != "name"}
+    world = world_class(make_config([world_class.Config], world_values), device)
+    method = compose_class(classes)(make_config([c.Config for c in classes], method_values))
+    return method, world
+
+
+def stream_kind(job: Job) -> str:
+    """Which of the world's streams feeds this method: the first of the method's needs."""
+    return next(n for e in job.methods for n in e.needs)
+
+
+def assemble(job: Job, fabric=None):
+    """(method, world, stream), set up and seeded: the state before step 0."""
+    import torch
+
+    from runner.loop import seed_everything
+
+    rank = fabric.global_rank if fabric else 0
+    device = fabric.device if fabric else torch.device("cpu")
+    seed = job.config["seed"]
+    seed_everything(seed)
+    method, world = build(job, device)
+    previous = torch.get_default_dtype()
+    if job.config["hardware"]["precision"] == "64-true":
+        torch.set_default_dtype(torch.float64)
+    try:
+        method.setup(world.spec())
+    finally:
+        torch.set_default_dtype(previous)
+    if job.config["hardware"]["precision"] == "bf16-true":
+        method.to(torch.bfloat16)
+    method.to(device)
+    if fabric is not None and fabric.world_size > 1:
+        from runner.parallel import share
+        share(method, fabric, job.config["hardware"]["strategy"])
+    method.make_optimizers()
+    if rank:
+        seed_everything(seed + 7919 * rank)  # every rank sees its own data and noise
+    stream = world.stream(method, stream_kind(job), seed + 7919 * rank)
+    data = stream.data()
+    if data is not None:
+        method.prepare(data)
+    return method, world, stream
+
+
+def execute(job: Job, *, force=False, fork=False, quiet=False, command="", fabric=None) -> dict:
+    """Run a job here, in this process (one rank of it). Returns the run's record (run.json)."""
+    rank = fabric.global_rank if fabric else 0
+    check_hardware(job.config)
+    folder, run = prepare_folder(job, force and rank == 0, fork)
+    if run is not None and run["status"] == "done" and not fork:
+        return {**run, "folder": str(folder), "already": True}
+    records.require_space(folder)
+    os.environ.setdefault("OMP_NUM_THREADS", str(job.config["hardware"]["threads"]))
+    import torch
+
+    torch.set_num_threads(job.config["hardware"]["threads"])
+    check_hardware(job.config)
+    began = time.monotonic()
+    if fabric is None:
+        fabric = make_fabric(job.config["hardware"])
+    method, world, stream = assemble(job, fabric)
+
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = Lock(folder).acquire()
+    fabric.barrier()
+    try:
+        return _train(job, folder, fabric, method, world, stream, quiet, command, began)
+    finally:
+        if rank == 0:
+            lock.release()
+
+
+def make_fabric(hardware: dict):
+    """Lightning Fabric for one device, or for this rank of a launched group (torchrun's variables tell)."""
+    from lightning.fabric import Fabric
+
+    devices = int(os.environ.get("WORLD_SIZE", 1))
+    strategy = "ddp" if devices > 1 else "auto"
+    fabric = Fabric(accelerator=hardware["accelerator"], devices=devices, strategy=strategy,
+                    precision=hardware["precision"])
+    fabric.launch()
+    return fabric
+
+
+def _train(job, folder, fabric, method, world, stream, quiet, command, began) -> dict:
+    from runner.checkpoint import Checkpoints
+    from runner.loggers import make_loggers
+    from runner.loop import Loop, Preempted
+    from runner.progress import make_progress
+    from runner.settings import Loop as LoopSettings
+
+    rank, settings = fabric.global_rank, LoopSettings(**job.config["loop"])
+    record = Record(folder) if rank == 0 else None
+    own = folder / "checkpoints" if rank == 0 else folder / "checkpoints" / f"rank{rank}"
+    previous = (record.read() or {}) if record else {}
+    stop = Stop()
+    progress = make_progress(job, settings.steps, quiet) if record else None
+    loop = Loop(method, world, stream, settings, seed=job.config["seed"], record=record,
+                checkpoints=Checkpoints(own, settings.keep), fabric=fabric, progress=progress, stop=stop)
+    if record:
+        record.write(id=job.id, name=folder.name, status="running", config=job.config, seed=job.config["seed"],
+                     command=command or previous.get("command", ""), versions=records.versions(),
+                     **records.commit(catalogue.ROOT), device=str(fabric.device), world_size=fabric.world_size,
+                     started=previous.get("started", records.now()), attempts=previous.get("attempts", 0) + 1)
+    spent = previous.get("seconds", 0.0)
+    try:
+        with stop:
+            for told in loop.resume():
+                (progress or _Silent).say(told)
+                if record:
+                    record.event("resumed", told=told)
+            loop.loggers = make_loggers(job, folder) if record else []
+            if record:
+                record.event("started", step=loop.step, pid=os.getpid())
+            if progress:
+                progress.start(loop.step)
+            try:
+                loop.run()
+                chosen = loop.select()
+                final = loop.evaluate()
+                references = world.references(job.config["seed"])
+            finally:
+                if progress:
+                    progress.stop()
+                for logger in loop.loggers:
+                    logger.close(sys.exc_info()[0] is None)
+        if record is None:
+            return {}
+        _save_weights(method, folder, job, chosen)
+        record.event("done", step=loop.step)
+        out = record.write(status="done", step=loop.step, evaluated_step=chosen, metrics=final, references=references,
+                           finished=records.now(), seconds=spent + time.monotonic() - began)
+        return {**out, "folder": str(folder)}
+    except Preempted:
+        if record:
+            record.event("preempted", step=loop.step, signal=stop.signal)
+            record.write(status="preempted", step=loop.step, seconds=spent + time.monotonic() - began)
+        raise
+    except Exception as error:
+        if record is None:
+            raise
+        (folder / "traceback.txt").write_text(traceback.format_exc())
+        record.event("failed", step=loop.step, error=repr(error))
+        record.write(status="failed", step=loop.step, error=repr(error), seconds=spent + time.monotonic() - began)
+        if isinstance(error, UserError):
+            raise
+        raise Failed(f"{type(error).__name__}: {error}\nthe full traceback: {folder / 'traceback.txt'}") from error
+    finally:
+        if record:
+            record.close()
+
+
+class _Silent:
+    @staticmethod
+    def say(text):
+        pass
+
+
+def _save_weights(method, folder: Path, job: Job, step: int):
+    """weights.safetensors: the evaluated weights, whole; what `eval`, `export` and `video` read."""
+    from safetensors.torch import save_file
+
+    from runner.loop import whole
+
+    tensors = {k: v.detach().to("cpu").contiguous().clone() for k, v in whole(dict(method.state_dict())).items()}
+    temporary = folder / ".weights.tmp"
+    save_file(tensors, temporary, metadata={"run": job.id, "method": job.config["method"]["name"], "step": str(step)})
+    os.replace(temporary, folder / "weights.safetensors")
+
+
+class Stop:
+    """While active, SIGTERM and SIGINT ask the loop to save and stop; a second SIGINT breaks off at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+    def __enter__(self):
+        self._old = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._old[number] = signal.signal(number, self._ask)
+            except ValueError:  # not the main thread (a test runner)
+                pass
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number, _frame):
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+# ---- after training ---------------------------------------------------------------------------------------------------
+
+def load_run(folder: Path, book, overrides: list[str] = ()):
+    """(job, method, world) of a finished run with its weights in place; `overrides` may name another env."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from runner.compose import compose, rebuild
+
+    run = Record(folder).read()
+    weights = folder / "weights.safetensors"
+    if run["status"] != "done" or not weights.is_file():
+        raise UserError(f"run {folder.name} is {run['status']}: it has no final weights yet\n"
+                        f"finish it with the same command: {run.get('command') or '(not recorded)'}")
+    job = rebuild(run["config"], book)
+    if overrides:
+        unchanged = [w for w in overrides if w.startswith("env=") or w.startswith("env.")]
+        if len(unchanged) != len(overrides):
+            raise UserError("only env=NAME and env.KEY=VALUE can be given here; the method is the run's own")
+        name = next((w for w in overrides if w.startswith("env=")), f"env={job.config['env']['name']}")
+        words = [f"method={job.config['method']['name']}", name, f"size={job.config['size']}"]
+        if name == f"env={job.config['env']['name']}":
+            words += [f"env.{k}={json.dumps(v)}" for k, v in job.config["env"].items() if k != "name"]
+        job = compose([*words, *(w for w in overrides if w.startswith("env."))], book)
+        job.config["method"], job.config["seed"] = run["config"]["method"], run["config"]["seed"]
+    torch.set_num_threads(job.config["hardware"]["threads"])
+    method, world, _ = assemble(job)
+    try:
+        tensors = load_file(weights)
+        method.load_state_dict(tensors)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{weights} cannot be read: {error}") from None
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        raise UserError(f"the weights of {folder.name} do not fit env '{job.config['env']['name']}':\n"
+                        + "\n".join(lines[1:3])) from None
+    method.eval()
+    return job, method, world
