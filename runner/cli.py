@@ -391,7 +391,7 @@ def _eval(words, options) -> int:
         print(json.dumps({"run": folder.name, "env": job.config["env"]["name"], "metrics": metrics,
                           "references": references}, indent=1))
     else:
-        print_evaluation(folder, job, metrics, references)
+        print_evaluation(folder, job, metrics, references, {k: list(m) for k, m in world.metrics.items()})
     return 0
 
 

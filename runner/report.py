@@ -10,8 +10,11 @@ from runner.errors import UserError
 
 
 def _console():
+    import sys
+
     from rich.console import Console
-    return Console(highlight=False, soft_wrap=False)
+    # Into a file or a pipe a table is as wide as it needs to be; on a terminal it folds.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 220)
 
 
 def _table(columns, right=()):
@@ -32,13 +35,14 @@ def number(value) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def result_table(name: str, metrics: dict, references: dict):
-    """One row for the run, one for each reference, one column for each metric."""
-    columns = list(metrics)
-    table = _table(["", *columns], right=range(1, len(columns) + 1))
-    table.add_row(f"[bold]{name}", *(f"[bold]{number(metrics.get(c))}" for c in columns))
-    for who, row in references.items():
-        table.add_row(who, *(number(row.get(c)) for c in columns))
+def result_table(name: str, metrics: dict, references: dict, meaning: dict):
+    """One row a metric; one column for the run and one for each reference (teacher, random policy, …)."""
+    table = _table(["", name, *references, ""], right=range(1, len(references) + 2))
+    for metric, value in metrics.items():
+        direction, unit = meaning.get(metric, ("none", ""))[:2]
+        better = {"max": "higher is better", "min": "lower is better"}.get(direction, "")
+        table.add_row(metric, f"[bold]{number(value)}", *(number(row.get(metric)) for row in references.values()),
+                      "[dim]" + ", ".join(w for w in (unit, better) if w))
     return table
 
 
@@ -49,13 +53,14 @@ def print_result(run: dict):
     title = (f"{config['method']['name']} on {config['env']['name']}: size {config['size']}, seed {run['seed']}, "
              f"step {run['evaluated_step']:,} of {run['step']:,}, {run['seconds']:.0f} s")
     print(title)
-    console.print(result_table(config["method"]["name"], run["metrics"], run["references"]))
+    console.print(result_table(config["method"]["name"], run["metrics"], run["references"],
+                               run["metric_meaning"]))
     print(f"record: {run['folder']}")
 
 
-def print_evaluation(folder: Path, job, metrics, references):
+def print_evaluation(folder: Path, job, metrics, references, meaning):
     print(f"{folder.name} on {job.config['env']['name']}")
-    _console().print(result_table(job.config["method"]["name"], metrics, references))
+    _console().print(result_table(job.config["method"]["name"], metrics, references, meaning))
     print(f"recorded in {folder / 'evaluations.jsonl'}")
 
 
@@ -117,8 +122,11 @@ def _step(run: dict):
     return logged[-1]["step"] if logged else 0
 
 
-def print_results(runs: Path, filters: list[str], as_json: bool) -> int:
+def print_results(runs: Path, filters: list[str], as_json: bool, only: list[str] | None = None) -> int:
+    """Finished runs; `only` names folders (a sweep's own)."""
     found = [r for r in _load(runs, filters) if r["status"] == "done"]
+    if only is not None:
+        found = [r for r in found if Path(r["folder"]).name in only]
     if as_json:
         print(json.dumps([{k: r.get(k) for k in ("name", "id", "folder", "seed", "metrics", "references", "seconds", "commit")}
                           | {"method": r["config"]["method"]["name"], "env": r["config"]["env"]["name"],

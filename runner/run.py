@@ -201,6 +201,7 @@ def _train(job, folder, fabric, method, world, stream, quiet, command, began) ->
         _save_weights(method, folder, job, chosen)
         record.event("done", step=loop.step)
         out = record.write(status="done", step=loop.step, evaluated_step=chosen, metrics=final, references=references,
+                           metric_meaning={k: list(m) for k, m in world.metrics.items() if k in final},
                            finished=records.now(), seconds=spent + time.monotonic() - began)
         return {**out, "folder": str(folder)}
     except Preempted:

@@ -64,6 +64,10 @@ class Copies:
         observation, reward, terminated, truncated, _ = self.envs[index].step(self.scale(action))
         return observation.reshape(-1), float(reward), bool(terminated), bool(truncated)
 
+    def render(self, index: int) -> np.ndarray:
+        """(height, width, 3) uint8"""
+        return self.envs[index].render()
+
     def close(self):
         for env in self.envs:
             env.close()

@@ -44,11 +44,12 @@ class Replay(Stream):
     def _play(self, actions: np.ndarray):
         """One step in every copy; actions (copies, A)."""
         s, a = self.copies.observation_size, self.copies.action_size
-        staged = self.staged.numpy()
+        staged, scale = self.staged.numpy(), self.config.reward_scale
         for i, action in enumerate(actions):
             after, reward, terminated, truncated = self.copies.step(i, action)
             row = staged[i]
-            row[:s], row[s:s + a], row[s + a], row[s + a + 1] = self.observation[i], action, reward, terminated
+            row[:s], row[s:s + a], row[s + a], row[s + a + 1] = (
+                self.observation[i], action, reward * scale, terminated)
             row[s + a + 2:] = after
             self.episode_return[i] += reward
             if terminated or truncated:

@@ -1,82 +1,27 @@
-"""Continuous control in a Gymnasium simulator: MuJoCo v5 tasks and classic control.
-
-Provides `transitions` (play and replay, for online RL) and, where a teacher is at hand, `candidates` (lists of actions
-scored by the teacher on states that it visits, for distillation by preferences).
-
-Gold metric: the undiscounted return of the deterministic policy, mean over `episodes` episodes with fixed start states.
-Beside it always stand the returns of a uniformly random policy and of the all-zero action: a policy below them has
-learned nothing (HalfCheetah: random about -300, zero about 0).
-"""
+"""Gymnasium simulators: MuJoCo v5 tasks and classic control."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from envs.control.copies import Copies, make
-from envs.control.distillation import Distillation, divergences, ndcg
-from envs.control.replay import Replay
+from envs.control.base import ControlWorld
+from envs.control.copies import Copies
 from envs.control.teacher import Teacher
 from runner.errors import UserError
-from runner.interface import Method, Metric, Spec, World, knob
-
-EVALUATION_SEED = 10_000  # start states of evaluations: the same for every method and every seed of a run
+from runner.interface import knob
 
 
-class Simulator(World):
+class Simulator(ControlWorld):
     @dataclasses.dataclass(frozen=True)
-    class Config:
+    class Config(ControlWorld.Config):
         id: str = knob("HalfCheetah-v5", "Gymnasium's name of the environment")
-        episodes: int = knob(10, "episodes of an evaluation", low=1)
-        copies: int = knob(1, "copies of the environment that are stepped in turn while training", low=1)
-        steps_per_update: int = knob(1, "steps in every copy per update", low=1)
-        start_steps: int = knob(25_000, "uniformly random steps before the first update", low=0, source="TD3, sec. 6.1")
-        capacity: int = knob(1_000_000, "transitions remembered", low=1)
-        batch_size: int = knob(256, "transitions, or states, of a batch", low=1)
         teacher: str = knob("", "safetensors file of a teacher's actor; empty: the one that ships with the env")
-        teacher_std: float = knob(0.3, "standard deviation that makes the teacher's mean a Gaussian policy", low=1e-6,
-                                  source="sheet, testbed E")
-        teacher_episodes: int = knob(20, "episodes that the teacher plays, with noise, to collect states", low=1,
-                                     source="sheet [86]")
-        held_out: float = knob(0.1, "share of those states kept for validation", low=0.01, high=0.9)
-        from_teacher: int = knob(8, "candidates drawn from the teacher", low=0, source="sheet [86]")
-        from_student: int = knob(4, "candidates drawn from the student as it is", low=0, source="sheet [86]")
-        from_uniform: int = knob(4, "candidates drawn uniformly from [-1, 1]^A", low=0, source="sheet [86]")
-        passes: int = knob(1, "updates made on each candidate batch; on-policy anchors need at least 2", low=1)
 
-    metrics = {
-        "return": Metric("max", "reward", "undiscounted return of the deterministic policy"),
-        "return_std": Metric("none", "reward", "standard deviation over episodes"),
-        "episode_length": Metric("none", "steps"),
-        "kl_teacher_student": Metric("min", "nats", "KL(teacher || student) on held-out teacher states"),
-        "kl_student_teacher": Metric("min", "nats", "KL(student || teacher) on held-out teacher states"),
-        "kl_on_student_states": Metric("min", "nats", "KL(teacher || student) on states that the student visits"),
-        "ndcg": Metric("max", "", "ranking of 32 fresh candidates, relevance = the teacher's softmax"),
-        "student_std": Metric("none", "", "mean standard deviation of the student"),
-    }
+    def copies(self, number, **options):
+        return Copies(self.config.id, number, **options)
 
-    def __init__(self, config, device="cpu"):
-        super().__init__(config, device)
-        probe = Copies(config.id, 1)
-        self._spec = Spec(observation_size=probe.observation_size, action_size=probe.action_size)
-        probe.close()
-        self._distillation: Distillation | None = None
-
-    def spec(self):
-        return self._spec
-
-    def stream(self, method: Method, kind: str, seed: int):
-        if kind == "candidates":
-            self._distillation = self._distil(seed)
-            return self._distillation.stream(method, seed)
-        return Replay(Copies(self.config.id, self.config.copies), method, self.config, seed, self.device)
-
-    # -- the teacher
-    def teacher(self) -> Teacher:
+    def teacher(self):
         path = self.config.teacher
         if not path:
             path = Path(__file__).parent / "teachers" / (self.config.id.split("-")[0].lower() + ".safetensors")
@@ -84,90 +29,8 @@ class Simulator(World):
                 raise UserError(f"env {self.config.id} ships no teacher; train one (python -m runner method=td3 …), "
                                 "export it (python -m runner export RUN --to FILE) and pass env.teacher=FILE")
         teacher = Teacher.load(path, self.config.teacher_std, self.device)
-        if (teacher.observation_size, teacher.action_size) != (self._spec.observation_size, self._spec.action_size):
+        have = (self._spec.observation_size, self._spec.action_size)
+        if (teacher.observation_size, teacher.action_size) != have:
             raise UserError(f"teacher {path} maps {teacher.observation_size} observations to {teacher.action_size} "
-                            f"actions; {self.config.id} has {self._spec.observation_size} and {self._spec.action_size}")
+                            f"actions; {self.config.id} has {have[0]} and {have[1]}")
         return teacher
-
-    def _distil(self, seed: int) -> Distillation:
-        """The teacher's states: `teacher_episodes` noisy episodes, each from its own start state."""
-        c, teacher = self.config, self.teacher()
-        generator = torch.Generator().manual_seed(seed)
-
-        def noisy(observation: Tensor) -> Tensor:
-            mean = teacher.mean(observation)
-            return mean + c.teacher_std * torch.randn(mean.shape, generator=generator).to(mean.device)
-
-        states = self.play(noisy, c.teacher_episodes, seed)["observations"]
-        return Distillation(states.to(self.device), teacher, c, generator)
-
-    # -- playing
-    def play(self, policy, episodes: int, seed: int) -> dict[str, Tensor]:
-        """Whole episodes, side by side. policy: observation (n, S) -> action (n, A), clipped before it is sent."""
-        copies = Copies(self.config.id, episodes)
-        observation = np.stack([copies.reset(i, seed + i) for i in range(episodes)])
-        returns, lengths = np.zeros(episodes), np.zeros(episodes)
-        alive, seen = list(range(episodes)), []
-        while alive:
-            now = torch.from_numpy(observation[alive]).to(self.device, torch.float32)
-            seen.append(now)
-            actions = policy(now).cpu().numpy()
-            still = []
-            for action, i in zip(actions, alive):
-                observation[i], reward, terminated, truncated = copies.step(i, action)
-                returns[i] += reward
-                lengths[i] += 1
-                if not (terminated or truncated):
-                    still.append(i)
-            alive = still
-        copies.close()
-        return {"returns": torch.from_numpy(returns), "lengths": torch.from_numpy(lengths),
-                "observations": torch.cat(seen)}
-
-    def _summary(self, played) -> dict[str, float]:
-        returns = played["returns"]
-        return {"return": returns.mean().item(), "return_std": returns.std(correction=0).item(),
-                "episode_length": played["lengths"].mean().item()}
-
-    def evaluate(self, method: Method, seed: int):
-        played = self.play(lambda o: method.act(o, explore=False), self.config.episodes, EVALUATION_SEED)
-        result = self._summary(played)
-        data = self._distillation
-        if data is not None:
-            result.update(divergences(method, data.teacher, data.held_out))
-            on_student = divergences(method, data.teacher, played["observations"])
-            result["kl_on_student_states"] = on_student["kl_teacher_student"]
-            result["ndcg"] = ndcg(method, data.teacher, data.held_out, seed)
-        return result
-
-    def validate(self, method: Method):
-        if self._distillation is None:
-            return {}
-        figures = divergences(method, self._distillation.teacher, self._distillation.validation)
-        return {"validation_kl": figures["kl_teacher_student"]}
-
-    def references(self, seed: int):
-        c, size = self.config, self._spec.action_size
-        generator = torch.Generator().manual_seed(seed)
-        policies = {
-            "random policy": lambda o: torch.rand(len(o), size, generator=generator) * 2 - 1,
-            "all-zero action": lambda o: torch.zeros(len(o), size),
-        }
-        if self._distillation is not None:
-            policies = {"teacher": self._distillation.teacher.mean, **policies}
-        return {name: self._summary(self.play(policy, c.episodes, EVALUATION_SEED))
-                for name, policy in policies.items()}
-
-    def frames(self, method: Method, seed: int, steps: int, size: tuple[int, int]):
-        """Rendered frames of one episode: yields (height, width, 3) uint8 arrays."""
-        env = make(self.config.id, render_mode="rgb_array", height=size[1], width=size[0])
-        copies = Copies(self.config.id, 1)
-        observation, _ = env.reset(seed=seed)
-        for _ in range(steps):
-            yield env.render()
-            now = torch.from_numpy(observation[None]).to(self.device, torch.float32)
-            action = method.act(now, explore=False).cpu().numpy()[0]
-            observation, _, terminated, truncated, _ = env.step(copies.scale(action))
-            if terminated or truncated:
-                break
-        env.close()

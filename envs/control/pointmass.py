@@ -1,0 +1,89 @@
+"""PointMass: a point in three dimensions to be held at the origin; small enough for tests, with a teacher in closed form.
+
+    v <- clip(v + .1 (3 a + g sin p - c v), +-20),  p <- clip(p + .1 v, +-20)
+    reward -(|p|^2 + .1 |v|^2 + .01 |a|^2) at the state before the step; start p, v ~ N(0, 1); 100 steps, no termination
+
+Stable: g = 0, c = .5. Unstable (gravity .5, drag 0): small errors of a student matter. The teacher's mean is
+tanh(-2 p - 1.5 v), its standard deviation e^-1.5, not squashed. Source: the control sheet's testbed T3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+
+from envs.control.base import ControlWorld
+from runner.interface import knob
+
+HORIZON = 100
+
+
+class PointMassCopies:
+    """The interface of envs/control/copies.py without a simulator."""
+
+    observation_size, action_size = 6, 3
+
+    def __init__(self, number: int, gravity: float, drag: float):
+        self.gravity, self.drag, self.envs = gravity, drag, range(number)
+        self.state = np.zeros((number, 6))
+        self.steps = [0] * number
+        self.generators = [np.random.default_rng(i) for i in range(number)]
+
+    def reset(self, index, seed=None):
+        if seed is not None:
+            self.generators[index] = np.random.default_rng(seed)
+        self.state[index] = self.generators[index].standard_normal(6)
+        self.steps[index] = 0
+        return self.state[index].copy()
+
+    def step(self, index, action):
+        a = np.clip(np.asarray(action, dtype=np.float64), -1, 1)
+        p, v = self.state[index, :3], self.state[index, 3:]
+        reward = -(p @ p + 0.1 * (v @ v) + 0.01 * (a @ a))
+        v = np.clip(v + 0.1 * (3 * a + self.gravity * np.sin(p) - self.drag * v), -20, 20)
+        p = np.clip(p + 0.1 * v, -20, 20)
+        self.state[index] = np.concatenate([p, v])
+        self.steps[index] += 1
+        return self.state[index].copy(), float(reward), False, self.steps[index] >= HORIZON
+
+    def close(self):
+        pass
+
+    def state_dict(self):
+        return [{"state": self.state[i].tolist(), "steps": self.steps[i], "generator": g.bit_generator.state}
+                for i, g in enumerate(self.generators)]
+
+    def load_state_dict(self, states):
+        for i, saved in enumerate(states):
+            self.state[i], self.steps[i] = saved["state"], saved["steps"]
+            self.generators[i].bit_generator.state = saved["generator"]
+
+
+class PointMassTeacher:
+    observation_size, action_size, std = 6, 3, math.exp(-1.5)
+
+    def mean(self, observation: torch.Tensor) -> torch.Tensor:
+        """(n, 6) -> (n, 3)"""
+        return torch.tanh(-2 * observation[:, :3] - 1.5 * observation[:, 3:])
+
+
+class PointMass(ControlWorld):
+    @dataclasses.dataclass(frozen=True)
+    class Config(ControlWorld.Config):
+        gravity: float = knob(0.5, "g: pull away from the origin; 0.5 is the unstable version", source="sheet, T3")
+        drag: float = knob(0.0, "c: 0.5 in the stable version", low=0.0, source="sheet, T3")
+        teacher_std: float = knob(0.22313, "the teacher's own standard deviation, e^-1.5", low=1e-6, source="sheet, T3")
+
+    def copies(self, number, **options):
+        if options:
+            from runner.errors import UserError
+            raise UserError("env pointmass has no picture to render; video works for simulators such as halfcheetah")
+        return PointMassCopies(number, self.config.gravity, self.config.drag)
+
+    def teacher(self):
+        teacher = PointMassTeacher()
+        teacher.std = self.config.teacher_std
+        return teacher

@@ -1,0 +1,68 @@
+"""Shell completion from the catalogue: `eval "$(python -m runner completion bash)"`."""
+
+from __future__ import annotations
+
+from runner import catalogue
+from runner.errors import unknown
+
+_SECTIONS = ("loop", "hardware", "logger")
+
+
+def candidates() -> dict[str, list[str]]:
+    """What can be typed: commands, flags, and for every `key=` its values."""
+    from runner.cli import _FLAGS, _VALUED, COMMANDS
+    from runner.compose import SECTIONS
+    from runner.knobs import knobs_of
+
+    book = catalogue.Catalogue()
+    values = {f"{group}=": book.names(group) for group in catalogue.GROUPS}
+    keys = [*values, "seed=", "runs="]
+    for name, schema in SECTIONS.items():
+        for k in knobs_of(schema):
+            keys.append(f"{name}.{k.name}=")
+            if k.choices:
+                values[f"{name}.{k.name}="] = list(k.choices)
+    for kind in ("method", "env"):
+        for entry in book.all(kind):
+            for k in catalogue.knobs(entry):
+                key = f"{kind}.{k.name}="
+                if key not in keys:
+                    keys.append(key)
+                if k.choices:
+                    values[key] = sorted({*values.get(key, []), *map(str, k.choices)})
+    return {"words": [c for c in COMMANDS if c != "worker"] + sorted({*_FLAGS, *_VALUED}), "keys": keys, "values": values,
+            "names": book.names("method") + book.names("env")}
+
+
+def script(shell: str) -> str:
+    if shell not in ("bash", "zsh"):
+        raise unknown("shell", shell, ["bash", "zsh"])
+    c = candidates()
+    cases = "\n".join(f'    {key}*) words="{" ".join(key + v for v in vs)}" ;;' for key, vs in c["values"].items())
+    head = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
+    return head + f"""\
+# completion of `python -m runner` (and of the command `ballast`)
+_ballast() {{
+  local line="${{COMP_LINE:0:$COMP_POINT}}" current words runs
+  [[ "$line" == *" -m runner"* || "$line" == ballast* ]] || return 0
+  current="${{line##* }}"
+  case "$current" in
+{cases}
+    *)
+      words="{" ".join(c["words"])} {" ".join(c["keys"])}"
+      case "$line" in
+        *" show "*|*" diff "*) words="{" ".join(c["names"])}" ;;
+        *" list "*) words="methods envs hardware sizes loggers --json" ;;
+        *" eval "*|*" export "*|*" video "*) words="$(command ls runs 2>/dev/null) --to --runs" ;;
+      esac ;;
+  esac
+  COMPREPLY=($(compgen -W "$words" -- "$current"))
+  # bash splits words at '=': it completes only what stands after it
+  if [[ "$current" == *=* && "$COMP_WORDBREAKS" == *=* ]]; then
+    COMPREPLY=("${{COMPREPLY[@]#"${{current%%=*}}="}}")
+  fi
+  [[ ${{#COMPREPLY[@]}} -eq 1 && "${{COMPREPLY[0]}}" == *= ]] && compopt -o nospace 2>/dev/null
+  return 0
+}}
+complete -o default -F _ballast python python3 ballast
+"""
