@@ -441,3 +441,8 @@ def _completion(words, options) -> int:
         raise UserError("say which shell: bash or zsh")
     print(script(words[0]), end="")
     return 0
+
+
+def entry():
+    """The command `ballast`."""
+    sys.exit(main(sys.argv[1:]))
