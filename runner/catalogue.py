@@ -234,7 +234,8 @@ def _knob(line: ast.AnnAssign, path: Path) -> Knob:
         raise UserError(f"{path}, line {line.lineno}: write `{name}: {kind} = knob(default, \"meaning\", …)` "
                         "with literal arguments, so that it can be read without importing the file") from None
     choices = tuple(extra["choices"]) if extra.get("choices") else None
-    return Knob(name, kind, args[0], args[1], extra.get("low"), extra.get("high"), choices, extra.get("source", ""))
+    return Knob(name, kind, args[0], args[1], extra.get("low"), extra.get("high"), choices, extra.get("source", ""),
+                extra.get("when"))
 
 
 def parts(entry: Entry) -> tuple[list[str], list[str]]:

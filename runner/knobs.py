@@ -1,6 +1,6 @@
 """Hyper-parameters: one line declares type, default, meaning, range and source.
 
-    tau: float = knob(1.0, "temperature of the anchored score", low=0.0, source="sheet [86]")
+    tau: float = knob(1.0, "temperature of the anchored score", low=0.0, source="paper")
 
 A Config is a frozen dataclass of such lines: the only schema and the only defaults. The same lines are read
 without importing anything (runner/catalogue.py parses the file), so that `show` and `check` need no torch;
@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 from runner.errors import UserError, unknown
 
 
-def knob(default: Any, help: str, *, low=None, high=None, choices=None, source: str = ""):
-    """A dataclass field with its meaning. `low` and `high` are inclusive bounds; lists become tuples."""
-    meta = {"help": help, "low": low, "high": high, "choices": choices, "source": source}
+def knob(default: Any, help: str, *, low=None, high=None, choices=None, source: str = "", when: dict | None = None):
+    """A dataclass field with its meaning. `low` and `high` are inclusive bounds; `when` names the settings under which
+    it has an effect at all, as {knob: value} (a test holds every knob to it)."""
+    meta = {"help": help, "low": low, "high": high, "choices": choices, "source": source, "when": when}
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -32,6 +33,7 @@ class Knob(NamedTuple):
     high: Any = None
     choices: tuple | None = None
     source: str = ""
+    when: dict | None = None
 
     def check(self, value, where: str):
         """`value` as this knob's type, or a UserError that names the range. `where` is the dotted key."""
@@ -93,7 +95,8 @@ def knobs_of(config_class) -> list[Knob]:
         meta = f.metadata
         choices = tuple(meta["choices"]) if meta.get("choices") else None
         out.append(Knob(f.name, f.type if isinstance(f.type, str) else f.type.__name__, f.default,
-                        meta.get("help", ""), meta.get("low"), meta.get("high"), choices, meta.get("source", "")))
+                        meta.get("help", ""), meta.get("low"), meta.get("high"), choices, meta.get("source", ""),
+                        meta.get("when")))
     return out
 
 

@@ -237,7 +237,9 @@ def _save_weights(method, folder: Path, job: Job, step: int):
 
     tensors = {k: v.detach().to("cpu").contiguous().clone() for k, v in whole(dict(method.state_dict())).items()}
     temporary = folder / ".weights.tmp"
-    save_file(tensors, temporary, metadata={"run": job.id, "method": job.config["method"]["name"], "step": str(step)})
+    # One key: safetensors writes several in no fixed order, and the file should be the same to the bit.
+    save_file(tensors, temporary, metadata={"run": json.dumps({"id": job.id, "method": job.config["method"]["name"],
+                                                               "step": step})})
     os.replace(temporary, folder / "weights.safetensors")
 
 

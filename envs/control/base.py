@@ -34,13 +34,13 @@ class ControlWorld(World):
         reward_scale: float = knob(1.0, "factor on rewards that a method learns from; returns are not scaled")
         batch_size: int = knob(256, "transitions, or states, of a batch", low=1)
         teacher_std: float = knob(0.3, "standard deviation that makes the teacher's mean a Gaussian policy", low=1e-6,
-                                  source="sheet, testbed E")
+                                  source="project's choice")
         teacher_episodes: int = knob(20, "episodes that the teacher plays, with noise, to collect states", low=1,
-                                     source="sheet [86]")
+                                     source="project's choice")
         held_out: float = knob(0.1, "share of those states kept for validation", low=0.01, high=0.9)
-        from_teacher: int = knob(8, "candidates drawn from the teacher", low=0, source="sheet [86]")
-        from_student: int = knob(4, "candidates drawn from the student as it is", low=0, source="sheet [86]")
-        from_uniform: int = knob(4, "candidates drawn uniformly from [-1, 1]^A", low=0, source="sheet [86]")
+        from_teacher: int = knob(8, "candidates drawn from the teacher", low=0, source="project's choice")
+        from_student: int = knob(4, "candidates drawn from the student as it is", low=0, source="project's choice")
+        from_uniform: int = knob(4, "candidates drawn uniformly from [-1, 1]^A", low=0, source="project's choice")
         passes: int = knob(1, "updates made on each candidate batch; on-policy anchors need at least 2", low=1)
 
     metrics = {

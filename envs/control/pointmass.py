@@ -4,7 +4,7 @@
     reward -(|p|^2 + .1 |v|^2 + .01 |a|^2) at the state before the step; start p, v ~ N(0, 1); 100 steps, no termination
 
 Stable: g = 0, c = .5. Unstable (gravity .5, drag 0): small errors of a student matter. The teacher's mean is
-tanh(-2 p - 1.5 v), its standard deviation e^-1.5, not squashed. Source: the control sheet's testbed T3.
+tanh(-2 p - 1.5 v), its standard deviation e^-1.5, not squashed. The numbers are this project's choice.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ class PointMassTeacher:
 class PointMass(ControlWorld):
     @dataclasses.dataclass(frozen=True)
     class Config(ControlWorld.Config):
-        gravity: float = knob(0.5, "g: pull away from the origin; 0.5 is the unstable version", source="sheet, T3")
-        drag: float = knob(0.0, "c: 0.5 in the stable version", low=0.0, source="sheet, T3")
-        teacher_std: float = knob(0.22313, "the teacher's own standard deviation, e^-1.5", low=1e-6, source="sheet, T3")
+        gravity: float = knob(0.5, "g: pull away from the origin; 0.5 is the unstable version", source="project's choice")
+        drag: float = knob(0.0, "c: 0.5 in the stable version", low=0.0, source="project's choice")
+        teacher_std: float = knob(0.22313, "the teacher's own standard deviation, e^-1.5", low=1e-6, source="project's choice")
 
     def copies(self, number, **options):
         if options:

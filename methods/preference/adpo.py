@@ -21,7 +21,7 @@ Two traps. A fixed `self` anchor moves the optimum to pi_0 pi_T^tau: the teacher
 copy_every_n) on a static target has no fixed point and sharpens without limit: keep the best validation (loop.select).
 
 Differences from the author's code (two public code bases, language models only): control was not published, so states,
-candidates and budget are the sheet's; the code's Plackett-Luce options (top_k, smoothing, poly) are here, off by default;
+candidates and budget are this project's choice; the code's Plackett-Luce options (top_k, smoothing, poly) are here, off by default;
 H is the policy's entropy over the list / log P (the manuscript's is over tokens). Not reproduced: online language models.
 """
 
@@ -42,24 +42,34 @@ from runner.interface import knob
 class ADPO(KD):
     @dataclasses.dataclass(frozen=True)
     class Config(KD.Config):
-        anchor: str = knob("ema", "the policy that log-probabilities are measured against", source="sheet [86]",
+        anchor: str = knob("ema", "the policy that log-probabilities are measured against", source="paper",
                            choices=["uniform", "self", "teacher", "ema", "copy_every_n", "on_policy"])
-        ema_decay: float = knob(0.99, "decay of the ema anchor per update", low=0.0, high=1.0, source="sheet [86]")
+        ema_decay: float = knob(0.99, "decay of the ema anchor per update", low=0.0, high=1.0, source="project's choice",
+                                when={"anchor": "ema"})
         copy_every: int = knob(100, "updates between two copies of the student into the copy_every_n anchor", low=1,
-                               source="sheet [86]")
+                               source="project's choice",
+                               when={"anchor": "copy_every_n"})
         form: str = knob("listwise", "the loss on the anchored scores", source="paper, sec. 3",
                          choices=["listwise", "pairwise_hard", "pairwise_soft", "plackett_luce", "plackett_luce_soft"])
         teacher_ratio: bool = knob(False, "target softmax((log pi_T - log pi_anchor) / tau) in place of `target`")
-        rankings: int = knob(4, "Gumbel rankings drawn for plackett_luce_soft", low=1, source="sheet [86]")
-        top_k: int = knob(0, "Plackett-Luce: only the first positions count; 0: all", low=0, source="author's code: 3-8")
+        rankings: int = knob(4, "Gumbel rankings drawn for plackett_luce_soft", low=1, source="paper",
+                             when={"form": "plackett_luce_soft"})
+        top_k: int = knob(0, "Plackett-Luce: only the first positions count; 0: all", low=0, source="author's code: 3-8",
+                          when={"form": "plackett_luce"})
         smoothing: float = knob(0.0, "Plackett-Luce: label smoothing inside a position", low=0.0, high=1.0,
-                                source="author's code: 0.1")
-        poly: float = knob(0.0, "Plackett-Luce: weight of the term 1 - exp(-L_k)", low=0.0, source="author's code: 1")
+                                source="author's code: 0.1",
+                                when={"form": "plackett_luce"})
+        poly: float = knob(0.0, "Plackett-Luce: weight of the term 1 - exp(-L_k)", low=0.0, source="author's code: 1",
+                           when={"form": "plackett_luce"})
         adaptive: bool = knob(False, "temperature per context, by entropy and reward", source="manuscript")
-        a: float = knob(1.0, "adaptive temperature: weight of the entropy", low=0.0, source="manuscript")
-        b: float = knob(0.5, "adaptive temperature: weight of confident failure", low=0.0, source="manuscript")
-        tau_low: float = knob(0.1, "adaptive temperature: lower bound", low=1e-6, source="manuscript")
-        tau_high: float = knob(5.0, "adaptive temperature: upper bound", low=1e-6, source="manuscript")
+        a: float = knob(1.0, "adaptive temperature: weight of the entropy", low=0.0, source="manuscript",
+                        when={"adaptive": True})
+        b: float = knob(0.5, "adaptive temperature: weight of confident failure", low=0.0, source="manuscript",
+                        when={"adaptive": True})
+        tau_low: float = knob(0.1, "adaptive temperature: lower bound", low=1e-6, source="manuscript",
+                              when={"adaptive": True})
+        tau_high: float = knob(5.0, "adaptive temperature: upper bound", low=1e-6, source="manuscript",
+                               when={"adaptive": True})
 
     @property
     def records_behaviour(self):

@@ -29,19 +29,19 @@ from runner.interface import Method, Spec, knob
 class CandidateLists(Method):
     @dataclasses.dataclass(frozen=True)
     class Config:
-        tau: float = knob(1.0, "temperature of the scores", low=1e-6, source="sheet [86]")
+        tau: float = knob(1.0, "temperature of the scores", low=1e-6, source="paper")
         target: str = knob("zscore", "rewards over a list are used as they are, as z-scores, as kernel-smoothed ranks "
-                           "(two forms), or only the best one counts", source="sheet [86]",
+                           "(two forms), or only the best one counts", source="paper",
                            choices=["raw", "zscore", "rank_kde", "smoothed_rank", "hard"])
         target_temperature: float = knob(0.5, "temperature of the target distribution (beta_r, T_q)", low=1e-6,
-                                         source="sheet [86]")
-        hidden: tuple[int, ...] = knob((64, 64), "widths of the student's hidden layers", low=1, source="sheet [86]")
+                                         source="project's choice")
+        hidden: tuple[int, ...] = knob((64, 64), "widths of the student's hidden layers", low=1, source="project's choice")
         activation: str = knob("tanh", "between the student's layers", choices=["relu", "tanh", "silu", "gelu"])
         log_std: float = knob(-0.5, "initial log standard deviation of the student")
-        log_std_low: float = knob(-5.0, "lower bound of the log standard deviation", source="sheet [86]")
-        log_std_high: float = knob(2.0, "upper bound of the log standard deviation", source="sheet [86]")
-        learning_rate: float = knob(1e-3, "Adam's", low=0.0, source="sheet [86]")
-        clip: float = knob(1.0, "bound of the gradient's norm; 0: none", low=0.0, source="sheet [86]")
+        log_std_low: float = knob(-5.0, "lower bound of the log standard deviation", source="project's choice")
+        log_std_high: float = knob(2.0, "upper bound of the log standard deviation", source="project's choice")
+        learning_rate: float = knob(1e-3, "Adam's", low=0.0, source="project's choice")
+        clip: float = knob(1.0, "bound of the gradient's norm; 0: none", low=0.0, source="project's choice")
 
     PARTS = ("anchor_log_prob", "score", "target", "loss", "penalty", "after_update")
     ADDITIVE = ("penalty", "after_update")
