@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from runner.errors import UserError
 from runner.interface import Method, Stream
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
@@ -28,7 +29,7 @@ def normal_kl(mean_p: Tensor, std_p, mean_q: Tensor, std_q) -> Tensor:
     std_q = torch.as_tensor(std_q, dtype=mean_q.dtype, device=mean_q.device)
     ratio = (std_p / std_q).square()
     kl = 0.5 * (ratio + ((mean_p - mean_q) / std_q).square() - 1 - ratio.log())
-    return kl.sum(-1) if kl.dim() == mean_p.dim() else kl
+    return kl.sum(-1)
 
 
 class Distillation:
@@ -52,7 +53,6 @@ class Candidates(Stream):
         self.source, self.method, c = data, method, data.config
         self.counts = (c.from_teacher, c.from_student, c.from_uniform)
         if sum(self.counts) < 2:
-            from runner.errors import UserError
             raise UserError("a candidate list needs at least 2 actions: raise env.from_teacher, env.from_student or "
                             "env.from_uniform")
         self.batch_size, self.passes, self.pass_ = c.batch_size, c.passes, 0

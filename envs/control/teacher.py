@@ -15,7 +15,7 @@ _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "silu": nn.SiLU, "gelu": nn.GE
 class Teacher:
     """pi_T(a | s) = N(mean(s), std^2 I), not squashed; actions are clipped only when they are sent to the simulator."""
 
-    def __init__(self, mean: nn.Module, std: float, observation_size: int, action_size: int, offset=None):
+    def __init__(self, mean: nn.Module, std: float, observation_size: int, action_size: int):
         self._mean, self.std = mean, std
         self.observation_size, self.action_size = observation_size, action_size
 
@@ -41,10 +41,13 @@ class Teacher:
         if meta.get("kind") != "mlp":
             raise UserError(f"teacher {path} does not hold an actor network (kind: {meta.get('kind', 'unknown')}); "
                             "make one with `python -m runner export RUN --to FILE`")
-        sizes = [int(n) for n in meta["sizes"].split(",")]
-        layers = []
-        for a, b in zip(sizes[:-1], sizes[1:]):
-            layers += [nn.Linear(a, b), _ACTIVATIONS[meta["activation"]]()]
-        net = nn.Sequential(*layers[:-1], *([nn.Tanh()] if meta["squash"] == "true" else []))
-        net.load_state_dict(tensors)
+        try:
+            sizes = [int(n) for n in meta["sizes"].split(",")]
+            layers = []
+            for inputs, outputs in zip(sizes[:-1], sizes[1:]):
+                layers += [nn.Linear(inputs, outputs), _ACTIVATIONS[meta["activation"]]()]
+            net = nn.Sequential(*layers[:-1], *([nn.Tanh()] if {"true": True, "false": False}[meta["squash"]] else []))
+            net.load_state_dict(tensors)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(f"teacher {path}: its description does not fit its tensors: {error}") from None
         return cls(net.to(device).requires_grad_(False), std, sizes[0], sizes[-1])

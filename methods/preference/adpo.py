@@ -14,6 +14,7 @@ Fit softmax of *anchored* log-ratios, not of raw log-probabilities, to a target 
 | form | form | listwise, pairwise_hard, pairwise_soft, plackett_luce, plackett_luce_soft |
 | beta_r | target_temperature | |
 
+`target` and `teacher_ratio` serve the listwise form; the others use the rewards themselves.
 Pairwise forms draw one pair per context and step: L = -t log sigma(D) - (1-t) log sigma(-D), D = u_i - u_j. Hard with a
 fixed anchor and tau = 1/beta is DPO. Plackett-Luce: L = sum_k [ logsumexp_{j>=k} u_(j) - u_(k) ], sorted by reward.
 
@@ -36,6 +37,7 @@ import torch
 from methods.common.networks import polyak
 from methods.preference import forms
 from methods.preference.kd import KD
+from runner.errors import UserError
 from runner.interface import knob
 
 
@@ -55,12 +57,12 @@ class ADPO(KD):
         rankings: int = knob(4, "Gumbel rankings drawn for plackett_luce_soft", low=1, source="paper",
                              when={"form": "plackett_luce_soft"})
         top_k: int = knob(0, "Plackett-Luce: only the first positions count; 0: all", low=0, source="author's code: 3-8",
-                          when={"form": "plackett_luce"})
+                          when={"form": ["plackett_luce", "plackett_luce_soft"]})
         smoothing: float = knob(0.0, "Plackett-Luce: label smoothing inside a position", low=0.0, high=1.0,
                                 source="author's code: 0.1",
-                                when={"form": "plackett_luce"})
+                                when={"form": ["plackett_luce", "plackett_luce_soft"]})
         poly: float = knob(0.0, "Plackett-Luce: weight of the term 1 - exp(-L_k)", low=0.0, source="author's code: 1",
-                           when={"form": "plackett_luce"})
+                           when={"form": ["plackett_luce", "plackett_luce_soft"]})
         adaptive: bool = knob(False, "temperature per context, by entropy and reward", source="manuscript")
         a: float = knob(1.0, "adaptive temperature: weight of the entropy", low=0.0, source="manuscript",
                         when={"adaptive": True})
@@ -76,6 +78,9 @@ class ADPO(KD):
         return self.config.anchor == "on_policy"
 
     def setup(self, spec):
+        if self.config.teacher_ratio and self.config.adaptive:
+            raise UserError("method.teacher_ratio=true fits the teacher at one temperature; it does not go with "
+                            "method.adaptive=true")
         super().setup(spec)
         if self.config.anchor in ("self", "ema", "copy_every_n"):
             self.anchor = copy.deepcopy(self.policy).requires_grad_(False)

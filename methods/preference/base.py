@@ -4,7 +4,7 @@ One update on a context x with candidates y_1 … y_P and rewards r_i, by its pa
 
     1. anchor_log_prob  a_i = log pi_anchor(y_i | x), without gradient; none here (the uniform anchor)
     2. score            u_i = (log pi(y_i | x) - a_i) / tau
-    3. target           q = softmax(z(r) / target_temperature), z the z-score over the list; without gradient
+    3. target           q = softmax(r / target_temperature); without gradient
     4. loss             L = mean_x [ - sum_i q_i log softmax(u)_i ]
     5. penalty          added to L; zero here                            (additive)
     6. after_update     upkeep after the optimiser's step; none here     (additive)
@@ -30,10 +30,10 @@ class CandidateLists(Method):
     @dataclasses.dataclass(frozen=True)
     class Config:
         tau: float = knob(1.0, "temperature of the scores", low=1e-6, source="paper")
-        target: str = knob("zscore", "rewards over a list are used as they are, as z-scores, as kernel-smoothed ranks "
+        target: str = knob("raw", "rewards over a list are used as they are, as z-scores, as kernel-smoothed ranks "
                            "(two forms), or only the best one counts", source="paper",
                            choices=["raw", "zscore", "rank_kde", "smoothed_rank", "hard"])
-        target_temperature: float = knob(0.5, "temperature of the target distribution (beta_r, T_q)", low=1e-6,
+        target_temperature: float = knob(1.0, "temperature of the target distribution (beta_r, T_q)", low=1e-6,
                                          source="project's choice")
         hidden: tuple[int, ...] = knob((64, 64), "widths of the student's hidden layers", low=1, source="project's choice")
         activation: str = knob("tanh", "between the student's layers", choices=["relu", "tanh", "silu", "gelu"])
@@ -71,6 +71,7 @@ class CandidateLists(Method):
         loss = self.loss(score, target, batch)
         penalty = self.penalty(batch, log_prob, anchor)
         self.minimise(loss if penalty is None else loss + penalty, "policy", self.config.clip)
+        self.policy.keep_in_bounds()
         self.after_update()
         return {"loss": loss.detach(), "candidate_log_prob": log_prob.detach().mean(),
                 "student_log_std": self.policy.log_std.detach().mean()}

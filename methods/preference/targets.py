@@ -37,7 +37,8 @@ def rank_kde(reward: Tensor) -> Tensor:
 def smoothed_rank(reward: Tensor) -> Tensor:
     """z(F), bandwidth 1.06 * 1.4826 * MAD * n^(-1/5) + 1e-6: the other reconstruction of the paper's robust form."""
     n = reward.shape[-1]
-    deviation = (reward - reward.median(-1, keepdim=True).values).abs().median(-1, keepdim=True).values
+    # quantile, because torch's median takes the lower of the two middle values
+    deviation = (reward - reward.quantile(0.5, -1, keepdim=True)).abs().quantile(0.5, -1, keepdim=True)
     return zscore(_smoothed_cdf(reward, 1.06 * 1.4826 * deviation * n ** -0.2 + 1e-6))
 
 

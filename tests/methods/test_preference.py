@@ -466,6 +466,15 @@ def test_targets_against_a_loop(kind, size):
     close(m.target({"reward": reward}, None), torch.tensor(wanted, dtype=torch.float64), rtol=1e-6)
 
 
+def test_rank_kde_clips_the_distribution_function():
+    """A candidate's own kernel makes F at least 0.5 / P: the clip at 1e-3 acts on lists of more than 500."""
+    reward = make_batch(rows=1, size=600)["reward"]
+    reward[0, 0], reward[0, 1] = -50, 50
+    z = targets.rank_kde(reward)
+    close(z[0, :2], torch.tensor([math.log(1e-3 / 0.999), math.log(0.999 / 1e-3)], dtype=torch.float64))
+    close(z[0], torch.tensor(rank_kde_by_loop(reward[0].tolist()), dtype=torch.float64), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("size", [2, 4, 16])
 def test_smoothed_rank_uses_the_median_absolute_deviation_of_even_lists_too(size):
     """The median of an even number of values is the mean of the middle two; torch.median returns the lower one."""
@@ -578,7 +587,7 @@ def test_own_anchors_start_at_the_student_and_are_saved_but_not_trained(anchor):
 
 @pytest.mark.parametrize("anchor, key", [("teacher", "teacher_log_prob"), ("on_policy", "behaviour_log_prob")])
 def test_anchors_that_come_with_the_batch(anchor, key):
-    m, batch = build(anchor=anchor, tau=0.8), make_batch()
+    m, batch = build(anchor=anchor, tau=0.8, target="zscore", target_temperature=0.5), make_batch()
     assert m.records_behaviour == (anchor == "on_policy")
     u = (normal_log_prob(m.policy, batch).detach() - batch[key]) / 0.8
     z = batch["reward"] - batch["reward"].mean(-1, keepdim=True)
