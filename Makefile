@@ -29,7 +29,8 @@ $(READY): requirements.lock pyproject.toml
 run: $(READY)    ## the headline: adpo distils HalfCheetah's teacher (ARGS="seed=1 …" changes it)
 	$(PY) -m runner method=adpo env=halfcheetah $(ARGS)
 
-test: $(READY)   ## every test
+test: $(READY)   ## lint and every test
+	$(PY) -m ruff check .
 	$(PY) -m pytest -n 2 --dist worksteal
 
 smoke: $(READY)  ## every method at size=smoke, in one process

@@ -50,9 +50,12 @@ class Entry(NamedTuple):
 
 def load_yaml(path: Path) -> dict:
     try:
-        return yaml.load(path.read_text(), Loader=_Loader) or {}
+        text = yaml.load(path.read_text(), Loader=_Loader) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid yaml: {str(error).splitlines()[0]}") from None
+    if not isinstance(text, dict) or not all(isinstance(text.get(k) or {}, dict) for k in ("card", "sizes")):
+        raise UserError(f"{path}: write `key: value` lines, and mappings under `card:` and `sizes:`")
+    return text
 
 
 def _entry(path: Path, kind: str, family: str, source: Path | None) -> Entry:
@@ -153,7 +156,7 @@ class Class(NamedTuple):
         return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _module(path: Path) -> tuple[str, ast.Module]:
     if not path.is_file():
         raise UserError(f"{path} is missing: every yaml of a method or env needs its .py")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -60,6 +61,10 @@ def _main(words: list[str]) -> int:
         return 0
     command = words.pop(0) if words[0] in COMMANDS else "run"
     options = _options(words, command)
+    if command in _VALUED["--runs"].split():  # the folder may be given as it was for the run
+        for word in [w for w in words if w.startswith("runs=")]:
+            words.remove(word)
+            options["runs"] = word.removeprefix("runs=")
     if "help" in options:
         print(HELP, end="")
         return 0
@@ -68,9 +73,14 @@ def _main(words: list[str]) -> int:
     return globals()[f"_{command}"](words, options)
 
 
-_FLAGS = {"--force": "run", "--fork": "run", "--quiet": "run", "--multirun": "run", "-m": "run", "--json": "", "--help": "",
-          "-h": ""}
-_VALUED = {"--include": "", "--jobs": "run", "--to": "", "--steps": "video", "--seed": "video", "--runs": "", "--size": "video"}
+# option: the commands that take it; "" means all
+_FLAGS = {"--force": "run worker", "--fork": "run worker", "--quiet": "run worker", "--multirun": "run", "-m": "run",
+          "--json": "", "--help": "", "-h": ""}
+_VALUED = {"--include": "", "--jobs": "run", "--to": "export video", "--steps": "video", "--seed": "video",
+           "--runs": "status results eval export video", "--command": "worker"}
+# what is easily written as an option of a run, but is a setting
+_SETTINGS = {"--steps": "loop.steps",
+             **{f"--{k}": k for k in ("method", "env", "hardware", "size", "logger", "seed", "runs")}}
 
 
 def _options(words: list[str], command: str) -> dict:
@@ -79,6 +89,12 @@ def _options(words: list[str], command: str) -> dict:
     kept, rest = [], iter(words)
     for word in rest:
         name, eq, value = word.partition("=")
+        if name in _SETTINGS and command in ("run", "check"):
+            value = value if eq else next(rest, "VALUE")
+            raise UserError(f"{name}: settings are written without dashes: {_SETTINGS[name]}={value}")
+        owners = _FLAGS.get(name) or _VALUED.get(name)
+        if owners and command not in owners.split():
+            raise UserError(f"'{command}' does not take {name}; it belongs to: {owners.removesuffix(' worker')}")
         if name in _FLAGS and not eq:
             key = {"-m": "multirun", "-h": "help"}.get(name, name.lstrip("-"))
             options[key] = True
@@ -286,8 +302,8 @@ def _diff(words, options) -> int:
 
 def _check(words, options) -> int:
     from runner.compose import compose
-    from runner.run import check_hardware, folder_of
     from runner.record import Record
+    from runner.run import check_hardware, folder_of
 
     job = compose(words, _book(options))
     check_hardware(job.config)
@@ -309,6 +325,8 @@ def _run(words, options) -> int:
     if options.get("multirun"):
         from runner.plan import sweep
         return sweep(words, options)
+    if "jobs" in options:
+        raise UserError("--jobs is for a sweep: python -m runner -m …")
     job = compose(words, _book(options))
     if options.get("force") and options.get("fork"):
         raise UserError("--force starts this run again, --fork makes a copy: choose one")
@@ -316,15 +334,17 @@ def _run(words, options) -> int:
     from runner import run
 
     run.check_hardware(job.config)
-    run.prepare_folder(job, False, bool(options.get("fork")))  # refuses a locked run before torch is imported
+    # refuses a locked run before torch is imported
+    run.locate(job, bool(options.get("force")), bool(options.get("fork")))
+    command = "python -m runner " + shlex.join([*words, *(f"--include={d}" for d in options["include"]),
+                                                *(["--fork"] if options.get("fork") else [])])
     if job.config["hardware"]["devices"] != 1:
         from runner.parallel import device_count, launch
 
         number = device_count(job.config["hardware"])
         if number > 1:
             flags = [f"--{k}" for k in ("force", "fork", "quiet") if options.get(k)]
-            return launch(job.config, number, options["include"], flags)
-    command = "python -m runner " + " ".join(words)
+            return launch(job.config, number, options["include"], [*flags, f"--command={command}"])
     return _execute(job, options, command)
 
 
@@ -341,7 +361,8 @@ def _execute(job, options, command, fabric=None) -> int:
     except Exception as error:
         if type(error).__name__ != "Preempted":
             raise
-        print(f"stopped, state saved; the same command continues: {command}", file=sys.stderr)
+        if fabric is None or fabric.global_rank == 0:
+            print(f"stopped, state saved; the same command continues: {command}", file=sys.stderr)
         return 143
     if result:
         print_result(result)
@@ -354,10 +375,12 @@ def _worker(words, options) -> int:
     from runner.compose import rebuild
     from runner.run import make_fabric
 
+    if len(words) != 1 or not Path(words[0]).is_file():
+        raise UserError("worker is how the processes of one run are started; write method=NAME env=NAME instead")
     frozen = json.loads(Path(words[0]).read_text())
     job = rebuild(frozen["config"], Catalogue(frozen["include"]))
     fabric = make_fabric(job.config["hardware"])
-    return _execute(job, options, "python -m runner (several processes)", fabric)
+    return _execute(job, options, options.get("command", ""), fabric)
 
 
 # ---- looking back -----------------------------------------------------------------------------------------------------
@@ -412,11 +435,13 @@ def _export(words, options) -> int:
 
     tensors, description = method.export()
     info = record.Record(folder).read()
-    provenance = {"run": info["id"], "method": info["config"]["method"]["name"], "env": info["config"]["env"]["name"],
-                  "command": info["command"], "commit": info.get("commit"), "dirty": info.get("dirty"),
-                  "steps": info["evaluated_step"], "seed": info["seed"], "metrics": info["metrics"],
-                  "references": info["references"], "versions": info["versions"], "device": info["device"],
-                  "finished": info["finished"], "config": info["config"], "description": description}
+    command = shlex.join(w for w in shlex.split(info["command"]) if not w.startswith("runs="))  # where it lay is nobody's
+    config = {k: v for k, v in info["config"].items() if k not in ("runs", "logger")}
+    provenance = {"run": info["id"], "method": config["method"]["name"], "env": config["env"]["name"], "command": command,
+                  "steps": info["evaluated_step"],
+                  **{k: info.get(k) for k in ("commit", "dirty", "seed", "metrics", "references", "versions", "device",
+                                              "finished")},
+                  "config": config, "description": description}
     target.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, target, metadata=description)
     target.with_suffix(".json").write_text(json.dumps(provenance, indent=1) + "\n")

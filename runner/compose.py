@@ -57,6 +57,10 @@ def split_override(word: str) -> tuple[str, str]:
 def compose(words: list[str], book: catalogue.Catalogue) -> Job:
     """`words`: overrides in Hydra's grammar, without sweeps. Raises UserError for anything that is not right."""
     given = [split_override(w) for w in words]
+    for word in words:
+        if _is_sweep(word):
+            raise UserError(f"'{word}' gives several values; a sweep needs -m: python -m runner -m {' '.join(words)}\n"
+                            "one value that is a list is written key=[a,b], a text with a comma key='a,b'")
     chosen = {k.lstrip("+"): v.strip("'\"") for k, v in given if k.lstrip("+") in catalogue.GROUPS}
     for group in ("method", "env"):
         if not chosen.get(group):
@@ -92,6 +96,18 @@ def compose(words: list[str], book: catalogue.Catalogue) -> Job:
     return _finish(raw, methods, env, size)
 
 
+def _is_sweep(word: str) -> bool:
+    if not any(sign in word for sign in ",("):
+        return False
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_override(word).is_sweep_override()
+    except HydraException:
+        return False  # it is refused later, with the reason
+
+
 def _known_keys(methods, env) -> list[str]:
     keys = list(TOP)
     keys += [f"method.{k.name}" for k in catalogue.composed_knobs(methods)]
@@ -107,7 +123,8 @@ def _check_key(key, methods, env):
 
 
 def _hydra(methods, env, overrides) -> dict:
-    from hydra import compose as hydra_compose, initialize_config_dir
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -119,11 +136,12 @@ def _hydra(methods, env, overrides) -> dict:
         if entry.family == "include":
             store.store(group=f"{group}/include", name=entry.name, node={"card": {}, **entry.values})
         choices.append(f"{group}={entry.family}/{entry.name}")
+    said: dict[str, tuple] = {key: (value, methods[0].name) for key, value in methods[0].values.items()}
     for entry in methods[1:]:  # a+b: b's changed values over a's
         for key, value in entry.values.items():
-            if methods[0].values.get(key, value) != value:
-                raise UserError(f"{methods[0].name} + {entry.name}: both set '{key}', differently; "
-                                f"choose with method.{key}=…")
+            before, name = said.setdefault(key, (value, entry.name))
+            if before != value:
+                raise UserError(f"{name} + {entry.name}: both set '{key}', differently; they cannot be combined")
             choices.append(f"++method.{key}={json.dumps(value)}")
     try:
         with initialize_config_dir(str(catalogue.CONF), version_base="1.3"):
@@ -140,6 +158,9 @@ def _finish(raw: dict, methods, env, size) -> Job:
             raise unknown("key", key, TOP)
     sections = {}
     for section, schema in SECTIONS.items():
+        if not isinstance(raw.get(section) or {}, dict):
+            names = ", ".join(f"{section}.{f.name}" for f in dataclasses.fields(schema))
+            raise UserError(f"{section}={raw[section]} sets a whole group; set one of: {names}")
         sections[section] = fill(knobs_of(schema), raw.get(section) or {}, section)
     method = {k: v for k, v in raw["method"].items() if k not in ("card", "sizes")}
     world = {k: v for k, v in raw["env"].items() if k not in ("card", "sizes")}

@@ -10,6 +10,7 @@ hence every argument of `knob` must be a literal.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 from runner.errors import UserError, unknown
@@ -44,6 +45,8 @@ class Knob(NamedTuple):
         numbers = value if isinstance(value, tuple) else (value,)
         for number in numbers:
             if isinstance(number, (int, float)) and not isinstance(number, bool):
+                if not math.isfinite(number):
+                    raise UserError(f"{key}={value} must be finite")
                 if (self.low is not None and not number >= self.low) or (self.high is not None and not number <= self.high):
                     low = "-inf" if self.low is None else self.low
                     high = "inf" if self.high is None else self.high

@@ -47,11 +47,11 @@ class Wandb:
         try:
             import wandb
 
+            quiet = wandb.Settings(init_timeout=30, x_disable_stats=True, disable_git=True, disable_code=True)
             self.run = wandb.init(
                 mode=logger["mode"], project=logger["project"], entity=logger["entity"], dir=str(folder),
-                name=folder.name, id=folder.name.replace(".", "-")[-64:], resume="allow" if logger["mode"] == "online" else None,
-                config=job.config, settings=wandb.Settings(init_timeout=30, x_disable_stats=True, disable_git=True, disable_code=True,
-                                save_code=False))
+                name=folder.name, id=folder.name.replace(".", "-")[-64:],
+                resume="allow" if logger["mode"] == "online" else None, config=job.config, settings=quiet)
         except BaseException as error:  # wandb raises its own, and SystemExit, for many reasons
             self._drop(error)
 

@@ -215,10 +215,8 @@ class Loop:
         s, step, last = self.settings, self.step, self.step == self.settings.steps
         line = {}
         if step % s.log_every == 0 or last:
-            names = list(metrics)
-            values = torch.stack([metrics[n].detach().float().reshape(()) for n in names]).tolist()
-            line.update({k: v for k, v in self.stream.counters().items()})
-            line.update(zip(names, values))
+            line.update(self.stream.counters())
+            line.update(self._numbers(metrics))
         if s.validate_every and (step % s.validate_every == 0 or last):
             line.update(self._validate())
         if s.eval_every and step % s.eval_every == 0 and not last:
@@ -234,10 +232,23 @@ class Loop:
             self.save()
             raise Preempted
 
+    def _numbers(self, metrics: dict) -> dict[str, float]:
+        """Metrics on the host, in one transfer; the mean over ranks."""
+        values = torch.stack([whole(v.detach()).float().reshape(()) for v in metrics.values()])
+        return self._mean(dict(zip(metrics, values.tolist())))
+
+    def _mean(self, figures: dict[str, float]) -> dict[str, float]:
+        """The mean over ranks."""
+        if self.fabric is None or self.fabric.world_size == 1:
+            return figures
+        values = torch.tensor(list(figures.values()), device=self.fabric.device)
+        return dict(zip(figures, self.fabric.all_reduce(values, reduce_op="mean").tolist()))
+
     def _validate(self) -> dict:
         with aside():
             figures = self.world.validate(self.method)
         if figures:
+            figures = self._mean(figures)  # one figure, and so one decision, for all ranks
             value = next(iter(figures.values()))
             if self.best is None or value < self.best["value"]:
                 weights = {k: v.detach().clone() for k, v in whole(dict(self.method.state_dict())).items()}

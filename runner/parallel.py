@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-import subprocess
 import sys
 import tempfile
+import uuid
 
 import torch
 from torch import nn
@@ -25,14 +26,23 @@ def device_count(hardware: dict) -> int:
 
 
 def launch(config: dict, number: int, include=(), arguments=()) -> int:
-    """Start `number` processes on a frozen config through torchrun. Returns the exit code."""
+    """Start `number` processes on a frozen config, as torchrun does. Returns the exit code."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # rank 0 tells what a person needs
     with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as f:
         json.dump({"config": config, "include": [str(p) for p in include]}, f)
+    group = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=number, run_id=uuid.uuid4().hex, max_restarts=0,
+                         rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1")
     try:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
-                   "--nproc-per-node", str(number), "-m", "runner", "worker", f.name, *arguments]
-        env = {**os.environ, "OMP_NUM_THREADS": str(config["hardware"]["threads"])}
-        return subprocess.run(command, env=env).returncode
+        elastic_launch(group, sys.executable)("-m", "runner", "worker", f.name, *arguments)
+        return 0
+    except ChildFailedError as error:
+        return abs(error.get_first_failure()[1].exitcode)
+    except SignalException:
+        return 143
     finally:
         os.unlink(f.name)
 
@@ -48,8 +58,9 @@ def share(method: nn.Module, fabric, strategy: str):
 
     mesh = init_device_mesh(fabric.device.type, (fabric.world_size,))
     for child in method.children():
-        fully_shard(child, mesh=mesh)
+        entries = {name for cls in type(child).__mro__ if cls.__module__.startswith("methods.")
+                   for name, member in vars(cls).items() if callable(member) and not name.startswith("_")}
+        fully_shard(child, mesh=mesh, reshard_after_forward=True)
         # A network's other entry points (`log_prob`, `first`) need its parameters gathered as much as `forward` does.
-        for name, member in vars(type(child)).items():
-            if callable(member) and not name.startswith("_") and name not in vars(nn.Module):
-                register_fsdp_forward_method(child, name)
+        for name in entries - {"forward"}:
+            register_fsdp_forward_method(child, name)

@@ -60,12 +60,20 @@ def sweep(words: list[str], options: dict) -> int:
         available = [available[i % len(available)] for i in range(wanted)]
     records.require_space(Path(first.config["runs"]))
     flags = [f"--include={d}" for d in options["include"]] + (["--force"] if options.get("force") else [])
-    failed = execute(planned, available, flags, say=lambda text: print(text, file=sys.stderr, flush=True))
+    left = planned if options.get("force") else [p for p in planned if not _is_done(p[1])]
+    failed = execute(left, available, flags, say=lambda text: print(text, file=sys.stderr, flush=True))
     names = [folder_of(job).name for _, job in planned]
     print_results(Path(first.config["runs"]), [], bool(options.get("json")), only=names)
     if failed:
         print(f"{failed} of {len(planned)} runs did not finish; `python -m runner status` shows which", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _is_done(job: Job) -> bool:
+    try:
+        return (Record(folder_of(job)).read() or {}).get("status") == "done"
+    except UserError:
+        return False
 
 
 def execute(planned, available: list[dict], flags: list[str], say) -> int:
@@ -78,6 +86,11 @@ def execute(planned, available: list[dict], flags: list[str], say) -> int:
             Record(folder).write(id=job.id, name=folder.name, status="planned", config=job.config,
                                  seed=job.config["seed"])
     free = list(range(len(available)))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGTERM, stop)  # a sweep that is stopped stops its runs; they save their state
     try:
         while waiting or running:
             while waiting and free:
@@ -105,4 +118,6 @@ def execute(planned, available: list[dict], flags: list[str], say) -> int:
         for process in running:
             process.wait()
         raise
+    finally:
+        signal.signal(signal.SIGTERM, old)
     return failed

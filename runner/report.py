@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
-from runner.record import Lock, Record, folders, lines
 from runner.errors import UserError
+from runner.record import Lock, Record, folders, lines
 
 
 def _console():
-    import sys
-
     from rich.console import Console
     # Into a file or a pipe a table is as wide as it needs to be; on a terminal it folds.
     return Console(highlight=False, width=None if sys.stdout.isatty() else 220)
@@ -68,7 +67,11 @@ def _load(runs: Path, filters: list[str]) -> list[dict]:
     """Records of the runs whose name, or whose key=value, fits every filter word."""
     out = []
     for folder in folders(runs):
-        run = Record(folder).read()
+        try:
+            run = Record(folder).read()
+        except UserError as error:  # one torn record does not hide the others
+            print(f"left out: {error}", file=sys.stderr)
+            continue
         run["folder"] = str(folder)
         if run["status"] == "running" and Lock(folder).holder() is None:
             run["status"] = "killed"

@@ -11,7 +11,8 @@ import time
 import traceback
 from pathlib import Path
 
-from runner import catalogue, record as records
+from runner import catalogue
+from runner import record as records
 from runner.compose import Job
 from runner.errors import UserError
 from runner.record import Lock, Record
@@ -43,21 +44,22 @@ def folder_of(job: Job) -> Path:
     return Path(job.config["runs"]) / job.name
 
 
-def prepare_folder(job: Job, force: bool, fork: bool) -> tuple[Path, dict | None]:
-    """Where the run lives and what is recorded of it. Writes nothing, except that --force clears the folder."""
+def locate(job: Job, force: bool, fork: bool) -> tuple[Path, dict | None]:
+    """Where the run lives and what is recorded of it (nothing, under --force); refuses a locked run. Writes nothing."""
     folder = folder_of(job)
-    if fork:
+    if fork:  # the first copy that is free or was left unfinished
         number = 2
-        while (folder.parent / f"{folder.name}-fork{number}").exists():
+        while True:
+            copy = folder.parent / f"{folder.name}-fork{number}"
+            run = Record(copy).read() if copy.exists() else None
+            if not copy.exists() or run and run["status"] != "done" and Lock(copy).holder() is None:
+                return copy, run
             number += 1
-        return folder.parent / f"{folder.name}-fork{number}", None
     run = Record(folder).read() if folder.exists() and not force else None
     holder = Lock(folder).holder() if folder.exists() else None
     if holder is not None and (force or run is None or run["status"] != "done"):
         raise UserError(f"another process works on this run: pid {holder['pid']} on {holder['host']}, since "
                         f"{holder['since']}\nfolder: {folder}\nwait for it, stop it, or start a copy of your own with --fork")
-    if force and folder.exists():
-        shutil.rmtree(folder)
     return folder, run
 
 
@@ -110,16 +112,20 @@ def assemble(job: Job, fabric=None):
     data = stream.data()
     if data is not None:
         method.prepare(data)
+        if fabric is not None and fabric.world_size > 1:  # rank 0's statistics for all
+            for buffer in method.buffers():
+                buffer.copy_(fabric.broadcast(buffer, 0))
     return method, world, stream
 
 
 def execute(job: Job, *, force=False, fork=False, quiet=False, command="", fabric=None) -> dict:
     """Run a job here, in this process (one rank of it). Returns the run's record (run.json)."""
-    rank = fabric.global_rank if fabric else 0
+    rank, several = (fabric.global_rank, fabric.world_size > 1) if fabric else (0, False)
     check_hardware(job.config)
-    folder, run = prepare_folder(job, force and rank == 0, fork)
-    if run is not None and run["status"] == "done" and not fork:
-        return {**run, "folder": str(folder), "already": True}
+    found = locate(job, force, fork) if rank == 0 else None
+    folder, run = fabric.broadcast(found, 0) if several else found  # one decision, rank 0's
+    if run is not None and run["status"] == "done":
+        return {**run, "folder": str(folder), "already": True} if rank == 0 else {}
     records.require_space(folder)
     os.environ.setdefault("OMP_NUM_THREADS", str(job.config["hardware"]["threads"]))
     import torch
@@ -129,9 +135,21 @@ def execute(job: Job, *, force=False, fork=False, quiet=False, command="", fabri
     began = time.monotonic()
     if fabric is None:
         fabric = make_fabric(job.config["hardware"])
-    method, world, stream = assemble(job, fabric)
+    try:
+        method, world, stream = assemble(job, fabric)
+    except UserError:
+        raise
+    except Exception as error:  # in the code of a method or a world
+        if rank:
+            raise Failed(f"rank {rank}: {type(error).__name__}: {error}") from error
+        folder.mkdir(parents=True, exist_ok=True)
+        record = Record(folder)
+        record.write(id=job.id, name=folder.name, config=job.config, seed=job.config["seed"], command=command)
+        raise _failed(record, error) from error
 
     if rank == 0:
+        if force:  # only now: what was asked for can be built
+            shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         lock = Lock(folder).acquire()
     fabric.barrier()
@@ -144,8 +162,12 @@ def execute(job: Job, *, force=False, fork=False, quiet=False, command="", fabri
 
 def make_fabric(hardware: dict):
     """Lightning Fabric for one device, or for this rank of a launched group (torchrun's variables tell)."""
+    import logging
+
     from lightning.fabric import Fabric
 
+    for name in ("lightning", "lightning.fabric", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     devices = int(os.environ.get("WORLD_SIZE", 1))
     strategy = "ddp" if devices > 1 else "auto"
     fabric = Fabric(accelerator=hardware["accelerator"], devices=devices, strategy=strategy,
@@ -157,7 +179,7 @@ def make_fabric(hardware: dict):
 def _train(job, folder, fabric, method, world, stream, quiet, command, began) -> dict:
     from runner.checkpoint import Checkpoints
     from runner.loggers import make_loggers
-    from runner.loop import Loop, Preempted
+    from runner.loop import Loop, Preempted, whole
     from runner.progress import make_progress
     from runner.settings import Loop as LoopSettings
 
@@ -170,8 +192,9 @@ def _train(job, folder, fabric, method, world, stream, quiet, command, began) ->
     loop = Loop(method, world, stream, settings, seed=job.config["seed"], record=record,
                 checkpoints=Checkpoints(own, settings.keep), fabric=fabric, progress=progress, stop=stop)
     if record:
-        record.write(id=job.id, name=folder.name, status="running", config=job.config, seed=job.config["seed"],
-                     command=command or previous.get("command", ""), versions=records.versions(),
+        (folder / "traceback.txt").unlink(missing_ok=True)  # of an earlier attempt
+        record.write(id=job.id, name=folder.name, status="running", error=None, config=job.config,
+                     seed=job.config["seed"], command=command or previous.get("command", ""), versions=records.versions(),
                      **records.commit(catalogue.ROOT), device=str(fabric.device), world_size=fabric.world_size,
                      started=previous.get("started", records.now()), attempts=previous.get("attempts", 0) + 1)
     spent = previous.get("seconds", 0.0)
@@ -196,9 +219,10 @@ def _train(job, folder, fabric, method, world, stream, quiet, command, began) ->
                     progress.stop()
                 for logger in loop.loggers:
                     logger.close(sys.exc_info()[0] is None)
+        weights = whole(dict(method.state_dict()))  # every rank takes part
         if record is None:
             return {}
-        _save_weights(method, folder, job, chosen)
+        _save_weights(weights, folder, job, chosen)
         record.event("done", step=loop.step)
         out = record.write(status="done", step=loop.step, evaluated_step=chosen, metrics=final, references=references,
                            metric_meaning={k: list(m) for k, m in world.metrics.items() if k in final},
@@ -210,17 +234,24 @@ def _train(job, folder, fabric, method, world, stream, quiet, command, began) ->
             record.write(status="preempted", step=loop.step, seconds=spent + time.monotonic() - began)
         raise
     except Exception as error:
-        if record is None:
-            raise
-        (folder / "traceback.txt").write_text(traceback.format_exc())
-        record.event("failed", step=loop.step, error=repr(error))
-        record.write(status="failed", step=loop.step, error=repr(error), seconds=spent + time.monotonic() - began)
+        if record is None:  # rank 0 tells; the others' tracebacks say the same
+            raise Failed(f"rank {rank}: {type(error).__name__}: {error}") from error
+        failed = _failed(record, error, step=loop.step, seconds=spent + time.monotonic() - began)
         if isinstance(error, UserError):
             raise
-        raise Failed(f"{type(error).__name__}: {error}\nthe full traceback: {folder / 'traceback.txt'}") from error
+        raise failed from error
     finally:
         if record:
             record.close()
+
+
+def _failed(record: Record, error: Exception, **more) -> Failed:
+    """Write down that the run failed and why; call it while `error` is handled."""
+    path = record.folder / "traceback.txt"
+    path.write_text(traceback.format_exc())
+    record.event("failed", error=repr(error), step=more.get("step", 0))
+    record.write(status="failed", error=repr(error), **more)
+    return Failed(f"{type(error).__name__}: {error}\nthe full traceback: {path}")
 
 
 class _Silent:
@@ -229,13 +260,11 @@ class _Silent:
         pass
 
 
-def _save_weights(method, folder: Path, job: Job, step: int):
+def _save_weights(weights: dict, folder: Path, job: Job, step: int):
     """weights.safetensors: the evaluated weights, whole; what `eval`, `export` and `video` read."""
     from safetensors.torch import save_file
 
-    from runner.loop import whole
-
-    tensors = {k: v.detach().to("cpu").contiguous().clone() for k, v in whole(dict(method.state_dict())).items()}
+    tensors = {k: v.detach().to("cpu").contiguous().clone() for k, v in weights.items()}
     temporary = folder / ".weights.tmp"
     # One key: safetensors writes several in no fixed order, and the file should be the same to the bit.
     save_file(tensors, temporary, metadata={"run": json.dumps({"id": job.id, "method": job.config["method"]["name"],
@@ -286,7 +315,11 @@ def load_run(folder: Path, book, overrides: list[str] = ()):
     if run["status"] != "done" or not weights.is_file():
         raise UserError(f"run {folder.name} is {run['status']}: it has no final weights yet\n"
                         f"finish it with the same command: {run.get('command') or '(not recorded)'}")
-    job = rebuild(run["config"], book)
+    try:
+        job = rebuild(run["config"], book)
+    except UserError as error:
+        raise UserError(f"{error}\nthe run was made by: {run.get('command') or '(not recorded)'}\n"
+                        "methods and envs of your own need --include DIR here, too") from None
     if overrides:
         unchanged = [w for w in overrides if w.startswith("env=") or w.startswith("env.")]
         if len(unchanged) != len(overrides):

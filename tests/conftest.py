@@ -1,4 +1,4 @@
-"""Shared fixtures: the command line called in this process (`cli`) and as a real one (`shell`), each in an empty folder."""
+"""Shared fixtures: the command line in this process (`cli`) and as a real one (`shell`), each in an empty folder."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def shell(tmp_path, tmp_path_factory, monkeypatch):
     return call
 
 
-# ---- a user's own methods and envs ----------------------------------------------------------------------------------
+# ---- a user's own methods and envs ---------------------------------------------------------------------------------
 
 _METHOD = '''\
 from __future__ import annotations

@@ -13,7 +13,7 @@ def mlp(inputs: int, hidden: tuple[int, ...], outputs: int, activation: str = "r
     """Linear layers with `activation` between them; `squash` puts tanh on the outputs."""
     sizes, layers = [inputs, *hidden], []
     for a, b in zip(sizes[:-1], sizes[1:]):
-        layers += [nn.Linear(a, b), ACTIVATIONS[activation]()]
+        layers += [nn.Linear(a, b), nn.ReLU(inplace=True) if activation == "relu" else ACTIVATIONS[activation]()]
     layers.append(nn.Linear(sizes[-1], outputs))
     return nn.Sequential(*layers, *([nn.Tanh()] if squash else []))
 
@@ -60,16 +60,18 @@ class Critics(nn.Module):
     def forward(self, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, …) twice -> values (members, batch), features (members, batch, hidden[-1])."""
         x = torch.cat([observation, action], -1).expand(self.members, -1, -1)
-        for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
-        return self.layers[-1](x).squeeze(-1), x
+        *hidden, last = self.layers  # a slice would build a ModuleList every time
+        for layer in hidden:
+            x = F.relu_(layer(x))
+        return last(x).squeeze(-1), x
 
     def first(self, observation: Tensor, action: Tensor) -> Tensor:
         """Q of the first member alone: values (batch,). Half the arithmetic where only one is needed."""
         x = torch.cat([observation, action], -1)
-        for layer in self.layers[:-1]:
-            x = F.relu(layer.member(x, 0))
-        return self.layers[-1].member(x, 0).squeeze(-1)
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = F.relu_(layer.member(x, 0))
+        return last.member(x, 0).squeeze(-1)
 
 
 class frozen:

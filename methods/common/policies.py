@@ -31,11 +31,6 @@ class GaussianPolicy(nn.Module):
         mean = self.net((observation - self.offset) / self.scale)
         return mean, self.log_std.clamp(*self.bounds)
 
-    @torch.no_grad()
-    def keep_in_bounds(self):
-        """After an optimiser's step: past a bound the clamp passes no gradient, and log_std would stay there for good."""
-        self.log_std.clamp_(*self.bounds)
-
     def log_prob(self, observation: Tensor, actions: Tensor) -> Tensor:
         """observation (n, S), actions (n, P, A) -> (n, P), in float32."""
         mean, log_std = self(observation)

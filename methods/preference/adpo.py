@@ -22,8 +22,9 @@ Two traps. A fixed `self` anchor moves the optimum to pi_0 pi_T^tau: the teacher
 copy_every_n) on a static target has no fixed point and sharpens without limit: keep the best validation (loop.select).
 
 Differences from the author's code (two public code bases, language models only): control was not published, so states,
-candidates and budget are this project's choice; the code's Plackett-Luce options (top_k, smoothing, poly) are here, off by default;
-H is the policy's entropy over the list / log P (the manuscript's is over tokens). Not reproduced: online language models.
+candidates and budget are this project's choice; the code's Plackett-Luce options (top_k, smoothing, poly) are here, off
+by default; H is the policy's entropy over the list / log P (the manuscript's is over tokens). Not reproduced: online
+language models.
 """
 
 from __future__ import annotations

@@ -71,7 +71,8 @@ class CandidateLists(Method):
         loss = self.loss(score, target, batch)
         penalty = self.penalty(batch, log_prob, anchor)
         self.minimise(loss if penalty is None else loss + penalty, "policy", self.config.clip)
-        self.policy.keep_in_bounds()
+        with torch.no_grad():  # past a bound the clamp passes no gradient: log_std would stay there for good
+            self.policy.log_std.clamp_(*self.policy.bounds)
         self.after_update()
         return {"loss": loss.detach(), "candidate_log_prob": log_prob.detach().mean(),
                 "student_log_std": self.policy.log_std.detach().mean()}

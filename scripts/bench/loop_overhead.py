@@ -15,7 +15,6 @@ import tempfile
 from pathlib import Path
 
 import _common as common
-
 import torch
 import torch.nn.functional as F
 
@@ -24,7 +23,8 @@ from runner.interface import Method, Stream, World, knob
 from runner.loop import Loop
 from runner.record import Record, lines
 from runner.run import make_fabric
-from runner.settings import Hardware, Loop as Settings
+from runner.settings import Hardware
+from runner.settings import Loop as Settings
 
 INPUTS, HIDDEN, OUTPUTS, BATCH, ROWS, RATE = 17, 64, 6, 64, 4096, 1e-3
 

@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 
 import _common as common
-
 import numpy as np
 import torch
 

@@ -172,9 +172,9 @@ def test_golden_trajectory(name):
 def test_smoke_is_quick_and_complete(name, tmp_path):
     import time
 
-    from runner.run import execute
-
     import lightning.fabric  # noqa: F401
+
+    from runner.run import execute
     began = time.process_time()
     job = compose(lab.words_for(name, f"runs={tmp_path}"), Catalogue())
     result = execute(job, quiet=True)

@@ -13,12 +13,13 @@ from runner.compose import compose
 from runner.loop import Preempted
 from runner.run import execute, folder_of
 
-WORDS = ["method=td3", "env=pointmass", "size=smoke", "loop.steps=60", "loop.log_every=10", "loop.validate_every=0", "loop.save_steps=20",
-         "loop.save_seconds=0", "logger=none", "method.hidden=[16,16]"]
+WORDS = ["method=td3", "env=pointmass", "size=smoke", "loop.steps=60", "loop.log_every=10", "loop.validate_every=0",
+         "loop.save_steps=20", "loop.save_seconds=0", "logger=none", "method.hidden=[16,16]"]
 
 
 def state():
-    return {"a": torch.arange(6.0).reshape(2, 3), "b": [1, 2.5, None, "x", True], "c": {0: (torch.zeros(0), 3)}, "big": 2**70}
+    return {"a": torch.arange(6.0).reshape(2, 3), "b": [1, 2.5, None, "x", True], "c": {0: (torch.zeros(0), 3)},
+            "big": 2**70}
 
 
 def test_round_trip_keeps_types_and_bits(tmp_path):

@@ -60,10 +60,10 @@ def wait_for_lines(path: Path, count: int, process):
 
 
 def test_sigterm_saves_says_so_and_the_same_command_continues(tmp_path):
-    words = ["method=kd", "env=pointmass", "size=smoke", "loop.steps=20000", "loop.validate_every=0", "loop.log_every=10", "logger=none",
-             f"runs={tmp_path}"]
+    words = ["method=kd", "env=pointmass", "size=smoke", "loop.steps=20000", "loop.validate_every=0", "loop.log_every=10",
+             "logger=none", f"runs={tmp_path}"]
     process = start(words, cwd=tmp_path)
-    (deadline := time.time() + 120)
+    deadline = time.time() + 120
     while not list(tmp_path.glob("*/metrics.jsonl")):
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.05)

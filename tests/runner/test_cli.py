@@ -25,7 +25,7 @@ def refused(result, *fragments):
         assert fragment in result.err, result.err
 
 
-# ---- light: neither torch nor lightning, and hydra only to compose ---------------------------------------------------
+# ---- light: neither torch nor lightning, and hydra only to compose -------------------------------------------------
 
 LIGHT = """
 import sys
@@ -77,7 +77,7 @@ def test_a_reader_that_goes_away_is_no_error(shell):
     assert "Traceback" not in result.text and "BrokenPipe" not in result.text
 
 
-# ---- what is shown -----------------------------------------------------------------------------------------------------
+# ---- what is shown -------------------------------------------------------------------------------------------------
 
 def test_list_tables(cli):
     result = cli("list")
@@ -129,7 +129,7 @@ def test_help(cli, words):
     assert result.code == 0 and "python -m runner" in result.out and nothing_written(cli.cwd)
 
 
-# ---- what is refused ---------------------------------------------------------------------------------------------------
+# ---- what is refused -----------------------------------------------------------------------------------------------
 
 BAD = {
     # names
@@ -170,7 +170,7 @@ BAD = {
     "precision": ([*BASE, "hardware.precision=bf16"], ["hardware.precision", "bf16-mixed"]),
     # what does not go together
     "does not fit": (["method=adpo", "env=pendulum"],
-                     ["needs candidates", "'pendulum' does not provide", "transitions", "envs that fit", "halfcheetah"]),
+                     ["needs candidates", "'pendulum' does not provide", "transitions", "that fit", "halfcheetah"]),
     "no method": (["env=halfcheetah"], ["no method chosen", "method=NAME", "adpo"]),
     "no env": (["method=adpo"], ["no env chosen", "env=NAME", "halfcheetah"]),
     "empty method": (["method=", "env=halfcheetah"], ["no method chosen"]),
@@ -263,7 +263,7 @@ def test_one_bad_member_refuses_the_whole_sweep(cli, words, fragments, monkeypat
     assert nothing_written(cli.cwd)
 
 
-# ---- --include ---------------------------------------------------------------------------------------------------------
+# ---- --include -----------------------------------------------------------------------------------------------------
 
 def test_include_dir_missing(cli, tmp_path_factory):
     gone = tmp_path_factory.mktemp("x") / "gone"
@@ -346,7 +346,7 @@ def test_a_relative_include_and_an_empty_one(cli, own, tmp_path_factory):
     assert cli("list", "--include", tmp_path_factory.mktemp("empty")).code == 0
 
 
-# ---- composition of methods: by their code, nothing runs ---------------------------------------------------------------
+# ---- composition of methods: by their code, nothing runs -----------------------------------------------------------
 
 def check_id(cli, own, *words) -> dict:
     result = cli("check", *words, own.option, "--json")

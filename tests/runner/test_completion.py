@@ -27,8 +27,8 @@ def bash_script(tmp_path_factory):
 
 def ask(path, line: str, cwd=None, breaks=" \t\n\"'><=;|&(:") -> list[str]:
     """COMPREPLY of a non-interactive bash for `line`."""
-    program = ('source "$1"; COMP_WORDBREAKS="$3"; COMP_LINE="$2"; COMP_POINT=${#COMP_LINE}; compopt() { :; }; _ballast; '
-               'printf "%s\\n" "${COMPREPLY[@]}"')
+    program = ('source "$1"; COMP_WORDBREAKS="$3"; COMP_LINE="$2"; COMP_POINT=${#COMP_LINE}; compopt() { :; }; '
+               '_ballast; printf "%s\\n" "${COMPREPLY[@]}"')
     done = subprocess.run(["bash", "--noprofile", "--norc", "-c", program, "bash", str(path), line, breaks],
                           capture_output=True, text=True, cwd=cwd, timeout=30)
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -47,7 +47,8 @@ def test_bash_completes(bash_script):
     assert set(ask(bash_script, "python -m runner method=adpo method.anchor=")) >= {"ema", "teacher", "on_policy"}
     assert ask(bash_script, "python -m runner method=adpo loop.select=b") == ["best"]
     assert ask(bash_script, "python -m runner method=adpo method.target_t") == ["method.target_temperature="]
-    assert "check" in ask(bash_script, "python -m runner ch") and "--force" in ask(bash_script, "python -m runner --for")
+    assert "check" in ask(bash_script, "python -m runner ch")
+    assert "--force" in ask(bash_script, "python -m runner --for")
     assert "worker" not in ask(bash_script, "python -m runner w")
     assert "adpo" in ask(bash_script, "python -m runner show a")
     assert "td3" in ask(bash_script, "python -m runner diff adpo t")
@@ -76,8 +77,9 @@ def test_runs_are_completed(bash_script, tmp_path):
 @needs_bash
 def test_a_tab_in_an_interactive_bash(bash_script):
     leader, follower = pty.openpty()
-    process = subprocess.Popen(["bash", "--noprofile", "--norc", "-i"], stdin=follower, stdout=follower, stderr=follower,
-                               env={**os.environ, "PS1": "$ ", "TERM": "dumb", "INPUTRC": "/dev/null", "HISTFILE": ""},
+    process = subprocess.Popen(["bash", "--noprofile", "--norc", "-i"], stdin=follower, stdout=follower,
+                               stderr=follower, env={**os.environ, "PS1": "$ ", "TERM": "dumb",
+                                                     "INPUTRC": "/dev/null", "HISTFILE": ""},
                                start_new_session=True)
     os.close(follower)
     seen = ""

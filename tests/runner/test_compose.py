@@ -27,7 +27,7 @@ def test_every_fitting_env_and_size_composes(method):
             assert job.config["method"]["name"] == method and job.config["env"]["name"] == env
             assert set(job.config["method"]) == {"name", *(k.name for k in knobs(BOOK.get("method", method)))}
             assert set(job.config["env"]) == {"name", *(k.name for k in knobs(BOOK.get("env", env)))}
-            assert job.config["loop"]["steps"] >= 1 and job.config["size"] == size
+            assert job.config["size"] == size and 1 <= job.config["loop"]["steps"] <= (50 if size == "smoke" else 10**8)
             assert json.loads(json.dumps(job.config)) == job.config  # plain: as it will be read back
             assert identity(job.config) == job.id == rebuild(job.config, BOOK).id
             ids.add(job.id)
@@ -41,14 +41,7 @@ def test_every_profile_composes(group):
         assert set(config[group]) == {k.name for k in knobs_of(getattr(settings, group.title()))}
 
 
-def test_smoke_is_small():
-    for method in METHODS:
-        entry = BOOK.get("method", method)
-        for env in BOOK.fitting([entry]):
-            assert compose([f"method={method}", f"env={env}", "size=smoke"], BOOK).config["loop"]["steps"] <= 50
-
-
-# ---- precedence --------------------------------------------------------------------------------------------------------
+# ---- precedence ----------------------------------------------------------------------------------------------------
 
 ENV_CODE = '''\
 from __future__ import annotations
@@ -107,8 +100,8 @@ def test_precedence_from_the_weakest_to_the_strongest(layered):
     assert smoke["env"]["episodes"] == 4
     assert smoke["method"]["learning_rate"] == 0.01       # no size says anything of it
 
-    told = composed(layered, "method.target_rate=0.4", "loop.steps=7", "env.episodes=3", "size=smoke", "loop.log_every=2",
-                    "method.learning_rate=0.5", "method.discount=0.6")
+    told = composed(layered, "method.target_rate=0.4", "loop.steps=7", "env.episodes=3", "size=smoke",
+                    "loop.log_every=2", "method.learning_rate=0.5", "method.discount=0.6")
     assert (told["method"]["target_rate"], told["loop"]["steps"], told["env"]["episodes"], told["loop"]["log_every"],
             told["method"]["learning_rate"], told["method"]["discount"]) == (0.4, 7, 3, 2, 0.5, 0.6)  # the command line
 
@@ -125,7 +118,7 @@ def test_where_a_word_stands_does_not_matter(layered):
 def test_a_wrong_value_in_a_yaml_is_refused_by_name(own, line, wanted):
     own.method("mine", more=line)
     with pytest.raises(UserError, match=wanted):
-        compose(["method=mine", "env=pointmass"], Catalogue([own.folder]))
+        compose(["method=mine", "env=halfcheetah"], Catalogue([own.folder]))
 
 
 def test_composition_merges_the_sizes_of_both(own, bodies):
@@ -137,7 +130,7 @@ def test_composition_merges_the_sizes_of_both(own, bodies):
         assert (loop["steps"], loop["log_every"]) == (5, 2)
 
 
-# ---- the identity --------------------------------------------------------------------------------------------------------
+# ---- the identity --------------------------------------------------------------------------------------------------
 
 def test_what_the_identity_leaves_out():
     config = compose(["method=kd", "env=pointmass"], BOOK).config
@@ -154,7 +147,7 @@ def test_what_the_identity_leaves_out():
     assert identity(dict(reversed(config.items()))) == base
 
 
-# ---- sweeps ----------------------------------------------------------------------------------------------------------------
+# ---- sweeps --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("words, expected", [
     (["a=1"], [["a=1"]]),
@@ -169,7 +162,7 @@ def test_expand(words, expected):
     assert expand(words) == expected
 
 
-# ---- knobs -----------------------------------------------------------------------------------------------------------------
+# ---- knobs ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind, value, expected", [
     ("int", 3, 3), ("int", 1e5, 100_000), ("float", 2, 2.0), ("float", "3e-4", 3e-4), ("bool", True, True),

@@ -1,0 +1,48 @@
+"""Two processes on the CPU: ddp and fsdp train, agree, save, continue, and a sharded run's weights are whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(tmp_path, *words):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "runner", *words, "env=pointmass", "size=smoke", "loop.steps=12",
+                           "loop.save_steps=5", "loop.log_every=2", "hardware.devices=2", "hardware.accelerator=cpu",
+                           "logger=none", "--quiet", f"runs={tmp_path}"],
+                          env=env, capture_output=True, text=True, cwd=tmp_path, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return next(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes(strategy, tmp_path):
+    """The same two data shares give the same mean gradients, however the parameters are laid out."""
+    from safetensors.torch import load_file
+
+    folder = run(tmp_path, "method=adpo", f"hardware={strategy}")
+    record = json.loads((folder / "run.json").read_text())
+    assert record["status"] == "done" and record["world_size"] == 2
+    weights = load_file(folder / "weights.safetensors")
+    assert weights["policy.net.0.weight"].shape == (64, 6), "a sharded run saves whole weights"
+    ranks = [load_file(folder / "checkpoints" / r / "step_000000010" / "tensors.safetensors") for r in (".", "rank1")]
+    shared = [k for k in ranks[0] if k.startswith("/modules")]
+    assert shared and all((ranks[0][k] == ranks[1][k]).all() for k in shared), "the ranks hold the same networks"
+    assert any((ranks[0][k] != ranks[1][k]).any() for k in ranks[0] if k.startswith("/stream/batch")), "and other data"
+    # continue from step 10, as after a kill
+    record["status"] = "running"
+    before = (folder / "metrics.jsonl").read_bytes()
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "weights.safetensors").unlink()
+    run(tmp_path, "method=adpo", f"hardware={strategy}")
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    again = load_file(folder / "weights.safetensors")
+    assert all((weights[k] == again[k]).all() for k in weights)
