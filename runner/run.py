@@ -92,15 +92,7 @@ def assemble(job: Job, fabric=None):
     seed = job.config["seed"]
     seed_everything(seed)
     method, world = build(job, device)
-    previous = torch.get_default_dtype()
-    if job.config["hardware"]["precision"] == "64-true":
-        torch.set_default_dtype(torch.float64)
-    try:
-        method.setup(world.spec())
-    finally:
-        torch.set_default_dtype(previous)
-    if job.config["hardware"]["precision"] == "bf16-true":
-        method.to(torch.bfloat16)
+    method.setup(world.spec())
     method.to(device)
     if fabric is not None and fabric.world_size > 1:
         from runner.parallel import share
@@ -166,7 +158,8 @@ def make_fabric(hardware: dict):
 
     from lightning.fabric import Fabric
 
-    for name in ("lightning", "lightning.fabric", "lightning.fabric.utilities.rank_zero"):
+    for name in ("lightning.fabric", "lightning.pytorch", "lightning.fabric.utilities.rank_zero",
+                 "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     devices = int(os.environ.get("WORLD_SIZE", 1))
     strategy = "ddp" if devices > 1 else "auto"

@@ -25,8 +25,8 @@ class Hardware:
     accelerator: str = knob("auto", "where tensors live", choices=["auto", "cpu", "gpu", "mps"])
     devices: int = knob(1, "processes, one device each; 0: every device of this machine", low=0)
     strategy: str = knob("auto", "how several devices share a run", choices=["auto", "ddp", "fsdp"])
-    precision: str = knob("32-true", "arithmetic of the networks",
-                          choices=["32-true", "bf16-mixed", "bf16-true", "64-true"])
+    precision: str = knob("32-true", "arithmetic of the networks: float32, or bfloat16 products under float32 weights",
+                          choices=["32-true", "bf16-mixed"])
     threads: int = knob(1, "CPU threads of a process; 1 is 3 to 5 times faster than 2 for small nets", low=1)
 
 

@@ -11,14 +11,14 @@ import os
 
 import numpy as np
 
-os.environ.setdefault("MUJOCO_GL", "egl")  # read when mujoco is imported; only rendering needs it
-
 
 def make(env_id: str, **options):
     import gymnasium
 
     from runner.errors import UserError
 
+    if "render_mode" in options:  # never without need: where there is no EGL, MuJoCo could not even be imported
+        os.environ.setdefault("MUJOCO_GL", "egl")
     gymnasium.logger.min_level = gymnasium.logger.ERROR
     _quiet_mujoco()
     try:
