@@ -154,7 +154,7 @@ def test_identity(cli):
         assert run_id(cli, "method=kd", *SMOKE, same) == base, same
     others = {word: run_id(cli, "method=kd", *SMOKE, word) for word in
               ("seed=1", "method.tau=0.5", "loop.steps=13", "loop.select=best", "env.episodes=3", "method.hidden=[8]",
-               "hardware.precision=64-true", "loop.validate_every=0", "method=adpo", "size=claim")}
+               "hardware.precision=bf16-mixed", "loop.validate_every=0", "method=adpo", "size=claim")}
     assert len({base, *others.values()}) == 1 + len(others), others
 
 
