@@ -287,6 +287,17 @@ def _descends(entries, a, b) -> bool:
     return False
 
 
+def metrics(env: Entry) -> dict[str, list]:
+    """{gold metric: [direction, unit]} of an env's world, read from its `metrics = {name: Metric(…)}`."""
+    for cls in lineage(main_class(env.source)):
+        for n in cls.node.body:
+            if isinstance(n, (ast.Assign, ast.AnnAssign)) and isinstance(n.value, ast.Dict):
+                target = n.targets[0] if isinstance(n, ast.Assign) else n.target
+                if isinstance(target, ast.Name) and target.id == "metrics":
+                    return {k.value: [a.value for a in v.args[:2]] for k, v in zip(n.value.keys, n.value.values)}
+    return {}
+
+
 # ---- importing, once a job starts -----------------------------------------------------------------------------------
 
 def load_class(entry: Entry):

@@ -19,6 +19,10 @@ Ballast trains a paper's method on an environment or data set and leaves a recor
   python -m runner show NAME                              paper, formula, parts, hyper-parameters, fitting envs
   python -m runner diff A [B]                             settings and code in which A differs from B (its baseline)
   python -m runner check method=… env=… […]               compose and validate only
+  python -m runner claim NAME… [--family F] [--all] [seeds=N] [hardware=…] [--jobs N]    run what is missing, judge
+  python -m runner compare [RUN …] [--env E] [--claim C] [--by method] [--metric M] [--baseline B]
+                           [--plot FILE.svg|png] [--csv FILE] [--latex FILE]
+  python -m runner report [--open] [--to FILE] [--runs DIR]   one HTML page: methods, claims, runs
   python -m runner status  [FILTER …] [--json]            runs and how far they are
   python -m runner results [FILTER …] [--json]            finished runs and their figures
   python -m runner eval RUN [env=… env.key=…]             evaluate a finished run again, elsewhere if you like
@@ -37,7 +41,8 @@ Any setting: method.tau=0.5  env.episodes=20  loop.steps=1000  seed=1  runs=DIR 
 Composition: method=a+b combines methods that change different parts.
 """
 
-COMMANDS = ("list", "show", "diff", "check", "status", "results", "eval", "export", "video", "completion", "worker")
+COMMANDS = ("list", "show", "diff", "check", "claim", "compare", "report", "status", "results", "eval", "export", "video",
+            "completion", "worker")
 
 
 def main(words: list[str]) -> int:
@@ -75,9 +80,12 @@ def _main(words: list[str]) -> int:
 
 # option: the commands that take it; "" means all
 _FLAGS = {"--force": "run worker", "--fork": "run worker", "--quiet": "run worker", "--multirun": "run", "-m": "run",
-          "--json": "", "--help": "", "-h": ""}
-_VALUED = {"--include": "", "--jobs": "run", "--to": "export video", "--steps": "video", "--seed": "video",
-           "--runs": "status results eval export video", "--command": "worker"}
+          "--json": "", "--help": "", "-h": "", "--all": "claim", "--allow-mixed": "claim compare",
+          "--open": "report"}
+_VALUED = {"--include": "", "--jobs": "run claim", "--family": "claim", "--by": "compare", "--metric": "compare",
+           "--baseline": "compare", "--claim": "compare", "--env": "compare", "--plot": "compare", "--csv": "compare",
+           "--latex": "compare", "--to": "export video report", "--steps": "video", "--seed": "video",
+           "--runs": "status results eval export video compare report", "--command": "worker"}
 # what is easily written as an option of a run, but is a setting
 _SETTINGS = {"--steps": "loop.steps",
              **{f"--{k}": k for k in ("method", "env", "hardware", "size", "logger", "seed", "runs")}}
@@ -460,6 +468,32 @@ def _video(words, options) -> int:
     target = Path(options.get("to", folder / "video.mp4"))
     _, method, world = run.load_run(folder, _book(options))
     write_video(method, world, target, steps, seed)
+    return 0
+
+
+def _claim(words, options) -> int:
+    from runner.claims import command
+    return command(words, options)
+
+
+def _compare(words, options) -> int:
+    from runner.compare import command
+    return command(words, _runs(options), options)
+
+
+def _report(words, options) -> int:
+    """One HTML file: the catalogue, the claims, the runs."""
+    from runner.catalogue import ROOT
+    from runner.html import write_report
+
+    if words:
+        raise UserError("report takes no names: python -m runner report [--open] [--to FILE.html] [--runs DIR]")
+    runs = _runs(options)
+    target = write_report(Path(options.get("to", runs / "report.html")), runs, ROOT / "claims", _book(options))
+    print(f"{target} ({target.stat().st_size / 1000:.0f} kB)")
+    if options.get("open"):
+        import webbrowser
+        webbrowser.open(target.absolute().as_uri())
     return 0
 
 

@@ -145,3 +145,25 @@ def print_results(runs: Path, filters: list[str], as_json: bool, only: list[str]
                       *(number(r["metrics"].get(m)) for m in metrics))
     _console().print(table)
     return 0
+
+
+def print_claim(result: dict):
+    """The arms, the comparisons with the baseline, and the verdict of one claim."""
+    console = _console()
+    print(f"\nclaim {result['claim']}: {result['hypothesis']}")
+    print(f"{result['metric']} on {result['env']} ({'higher' if result['direction'] == 'max' else 'lower'} is better), "
+          f"size {result['size']}, seeds {result['seeds']}"
+          + (f", settings {', '.join(result['settings'])}" if "" not in result["settings"] else ""))
+    table = _table(["arm", "role", "mean", "IQM", "95 % interval", "failed"], right=(2, 3, 4, 5))
+    for name, arm in result["arms"].items():
+        table.add_row(name, arm["role"], number(arm["mean"]), number(arm["iqm"]),
+                      " … ".join(number(x) for x in arm["interval"]), str(len(arm["failed"]) or "-"))
+    console.print(table)
+    table = _table(["compared", "difference", "95 % interval", "P(better)", "verdict"], right=(1, 2, 3))
+    for c in result["comparisons"]:
+        table.add_row(f"{c['arm']} - {c['against']}", number(c["difference"]), " … ".join(number(x) for x in c["interval"]),
+                      f"{c['probability_of_improvement']:.2f}", c["verdict"])
+    console.print(table)
+    for text in result["warnings"]:
+        print(f"note: {text}")
+    console.print(f"verdict: [bold]{result['verdict']}[/] (margin {result['margin']:g}); refuted by: {result['refuted_by']}")

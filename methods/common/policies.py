@@ -13,7 +13,8 @@ LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
 
 class GaussianPolicy(nn.Module):
-    """N(f(s), diag exp(log_std)^2) with a state-independent log_std, kept in `bounds` by a clamp; not squashed.
+    """N(f(s), diag exp(log_std)^2) with a state-independent log_std; not squashed. Whoever trains it keeps
+    log_std in `bounds` after every step: a clamp in here would pass no gradient beyond a bound, and hold it there.
 
     Observations are normalised by stored statistics: (s - offset) / scale.
     """
@@ -21,7 +22,7 @@ class GaussianPolicy(nn.Module):
     def __init__(self, observation_size, action_size, hidden, activation, log_std, bounds):
         super().__init__()
         self.net = mlp(observation_size, hidden, action_size, activation)
-        self.log_std = nn.Parameter(torch.full((action_size,), float(log_std)))
+        self.log_std = nn.Parameter(torch.full((action_size,), float(log_std)).clamp(*bounds))
         self.bounds = bounds
         self.register_buffer("offset", torch.zeros(observation_size))
         self.register_buffer("scale", torch.ones(observation_size))
@@ -29,7 +30,7 @@ class GaussianPolicy(nn.Module):
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """(n, S) -> mean (n, A), log_std (A,)"""
         mean = self.net((observation - self.offset) / self.scale)
-        return mean, self.log_std.clamp(*self.bounds)
+        return mean, self.log_std.clone()  # fsdp frees the parameter itself when forward ends
 
     def log_prob(self, observation: Tensor, actions: Tensor) -> Tensor:
         """observation (n, S), actions (n, P, A) -> (n, P), in float32."""
@@ -42,3 +43,27 @@ class GaussianPolicy(nn.Module):
         mean, log_std = self(observation)
         noise = torch.randn(len(mean), number, mean.shape[-1], device=mean.device, dtype=mean.dtype)
         return mean.unsqueeze(1) + log_std.exp() * noise
+
+
+class ListPolicy(nn.Module):
+    """A distribution over the items of a list, and over nothing else: softmax of a score f(x, y_i), an MLP on both.
+
+    Weights start as N(0, 1) / sqrt(inputs), biases at 0.
+    """
+
+    def __init__(self, context_size, candidate_size, hidden, activation):
+        super().__init__()
+        self.net = mlp(context_size + candidate_size, hidden, 1, activation)
+        for layer in self.net:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=layer.in_features ** -0.5)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, context: Tensor, candidates: Tensor) -> Tensor:
+        """context (n, S), candidates (n, P, A) -> scores (n, P)"""
+        repeated = context.unsqueeze(1).expand(-1, candidates.shape[1], -1)
+        return self.net(torch.cat([repeated, candidates], -1)).squeeze(-1)
+
+    def log_prob(self, context: Tensor, candidates: Tensor) -> Tensor:
+        """(n, S), (n, P, A) -> (n, P); every row's probabilities sum to 1."""
+        return self(context, candidates).log_softmax(-1)

@@ -82,15 +82,17 @@ class ADPO(KD):
         if self.config.teacher_ratio and self.config.adaptive:
             raise UserError("method.teacher_ratio=true fits the teacher at one temperature; it does not go with "
                             "method.adaptive=true")
+        if spec.candidates and (self.config.teacher_ratio or self.config.anchor in ("teacher", "on_policy")):
+            raise UserError("stored lists have neither a teacher nor a sampler: method.anchor must be uniform, self, ema or "
+                            "copy_every_n, and method.teacher_ratio=false")
         super().setup(spec)
         if self.config.anchor in ("self", "ema", "copy_every_n"):
             self.anchor = copy.deepcopy(self.policy).requires_grad_(False)
 
     def prepare(self, data):
         super().prepare(data)
-        if hasattr(self, "anchor"):  # the anchor is the student at its start, normalisation included
-            self.anchor.offset.copy_(self.policy.offset)
-            self.anchor.scale.copy_(self.policy.scale)
+        if hasattr(self, "anchor"):  # the anchor is the student at its start, normalisation and pre-training included
+            self.anchor.load_state_dict(self.policy.state_dict())
 
     def anchor_log_prob(self, batch):
         if self.config.anchor == "uniform":

@@ -9,19 +9,24 @@ One update on a context x with candidates y_1 … y_P and rewards r_i, by its pa
     5. penalty          added to L; zero here                            (additive)
     6. after_update     upkeep after the optimiser's step; none here     (additive)
 
+pi is a Gaussian over actions, or, where the world says how long its lists are (Spec.candidates), a softmax over the list
+itself. Such a policy may start from a reference: the cross-entropy of clean lists' best items, for a few steps.
+
 The gradient of L in log pi(y_i) is (softmax(u)_i - q_i) / tau: constants in log pi or a cancel.
 Source: the anchored cross-entropy of ADPO (arXiv 2510.18913), of which distillation, SFT on a list and DPO are cases.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from methods.common.networks import describe_mlp
-from methods.common.policies import GaussianPolicy
+from methods.common.policies import GaussianPolicy, ListPolicy
 from methods.preference import targets
 from runner.interface import Method, Spec, knob
 
@@ -48,18 +53,37 @@ class CandidateLists(Method):
     records_behaviour = False  # whether batches should hold the log-probs with which they were drawn
 
     def setup(self, spec: Spec):
-        c = self.config
-        self.policy = GaussianPolicy(spec.observation_size, spec.action_size, c.hidden, c.activation, c.log_std,
-                                     (c.log_std_low, c.log_std_high))
+        c, sizes = self.config, (spec.observation_size, spec.action_size)
+        self.gaussian = spec.candidates is None
+        if self.gaussian:
+            self.policy = GaussianPolicy(*sizes, c.hidden, c.activation, c.log_std, (c.log_std_low, c.log_std_high))
+        else:
+            self.policy = ListPolicy(*sizes, c.hidden, c.activation)
+            self.reference = copy.deepcopy(self.policy).requires_grad_(False)
 
     def make_optimizers(self):
         adam = torch.optim.Adam(self.policy.parameters(), lr=self.config.learning_rate, fused=True)
         self.optimizers = {"policy": adam}
 
     def prepare(self, data):
-        """Normalise observations by the training contexts (n, S): 1e-3 is added to the deviation, not the variance."""
-        self.policy.offset.copy_(data["context"].mean(0))
-        self.policy.scale.copy_(data["context"].std(0) + 1e-3)
+        """Normalise observations by the training contexts (n, S): 1e-3 is added to the deviation, not the variance.
+        A policy over lists is pre-trained instead, where there are clean lists; so pre-trained it is the reference."""
+        if self.gaussian:
+            self.policy.offset.copy_(data["context"].mean(0))
+            self.policy.scale.copy_(data["context"].std(0) + 1e-3)
+        elif "clean_best" in data:
+            self.pretrain(data)
+            self.reference.load_state_dict(self.policy.state_dict())
+
+    def pretrain(self, data):
+        """Cross-entropy of the best item: clean_context (n, S), clean_candidates (n, P, A), clean_best (n,), in the
+        batches that reference_batches (steps, B) names. No randomness of its own: one seed, one reference."""
+        context, candidates, best = data["clean_context"], data["clean_candidates"], data["clean_best"]
+        adam = torch.optim.AdamW(self.policy.parameters(), lr=data["reference_learning_rate"])
+        for rows in data["reference_batches"]:
+            adam.zero_grad()
+            F.nll_loss(self.policy.log_prob(context[rows], candidates[rows]), best[rows]).backward()
+            adam.step()
 
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch: context (B, S), candidates (B, P, A), reward and teacher_log_prob (B, P)."""
@@ -71,11 +95,13 @@ class CandidateLists(Method):
         loss = self.loss(score, target, batch)
         penalty = self.penalty(batch, log_prob, anchor)
         self.minimise(loss if penalty is None else loss + penalty, "policy", self.config.clip)
-        with torch.no_grad():  # past a bound the clamp passes no gradient: log_std would stay there for good
-            self.policy.log_std.clamp_(*self.policy.bounds)
+        metrics = {"loss": loss.detach(), "candidate_log_prob": log_prob.detach().mean()}
+        if self.gaussian:
+            with torch.no_grad():  # past a bound the clamp passes no gradient: log_std would stay there for good
+                self.policy.log_std.clamp_(*self.policy.bounds)
+            metrics["student_log_std"] = self.policy.log_std.detach().mean()
         self.after_update()
-        return {"loss": loss.detach(), "candidate_log_prob": log_prob.detach().mean(),
-                "student_log_std": self.policy.log_std.detach().mean()}
+        return metrics
 
     # -- parts
     def anchor_log_prob(self, batch) -> Tensor | None:
@@ -119,15 +145,21 @@ class CandidateLists(Method):
         return self.policy.log_prob(context, candidates)
 
     @torch.no_grad()
+    def reference_log_prob(self, context: Tensor, candidates: Tensor) -> Tensor:
+        """(n, S), (n, P, A) -> (n, P), of the policy as it was before training; policies over lists only."""
+        return self.reference.log_prob(context, candidates)
+
+    @torch.no_grad()
     def distribution(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """(n, S) -> mean (n, A), standard deviation (n, A)"""
         mean, log_std = self.policy(context)
         return mean, log_std.exp().expand_as(mean)
 
     def export(self):
-        """The mean network with the normalisation folded into its first layer, and so a plain MLP."""
+        """A plain MLP: the mean network with the normalisation folded into its first layer, or the scorer of (x, y_i)."""
         tensors = {k: v.clone() for k, v in self.policy.net.state_dict().items()}
-        weight = tensors["0.weight"] / self.policy.scale
-        tensors["0.bias"] = tensors["0.bias"] - weight @ self.policy.offset
-        tensors["0.weight"] = weight
+        if self.gaussian:
+            weight = tensors["0.weight"] / self.policy.scale
+            tensors["0.bias"] = tensors["0.bias"] - weight @ self.policy.offset
+            tensors["0.weight"] = weight
         return tensors, describe_mlp(self.policy.net)
