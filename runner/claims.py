@@ -32,7 +32,7 @@ from typing import NamedTuple
 from runner import catalogue
 from runner import record as records
 from runner.catalogue import CONF, ROOT, Catalogue, load_yaml
-from runner.compose import Job, compose
+from runner.compose import Job, compose, identity
 from runner.errors import UserError, nearest, unknown
 from runner.plan import execute, slots
 from runner.record import Record
@@ -130,9 +130,20 @@ def _seeds(given) -> list[int]:
 def jobs(plan: Plan, book: Catalogue, common: list[str], chosen: dict[str, list[str]]) -> dict[tuple, tuple[list[str], Job]]:
     """{(arm, setting, seed): (words, job)} of the claim proper; `chosen`: what tuning picked for each arm."""
     out = {}
-    for arm, (setting, extra), seed in product(plan.arms, plan.settings.items(), plan.seeds):
-        words = _words(plan, arm, extra, seed, common) + chosen.get(arm.name, [])
-        out[arm.name, setting, seed] = (words, compose(words, book))
+    for arm, (setting, extra) in product(plan.arms, plan.settings.items()):
+        picked = chosen.get(arm.name, [])
+        for seed, pair in _seeded(plan, arm, extra, plan.seeds, common, picked, book).items():
+            out[arm.name, setting, seed] = pair
+    return out
+
+
+def _seeded(plan, arm, extra, seeds, common, point, book) -> dict[int, tuple[list[str], Job]]:
+    """One job a seed, composed once: composing costs 50 ms, and seeds differ in nothing else."""
+    first = compose(_words(plan, arm, extra, seeds[0], common) + point, book)
+    out = {}
+    for seed in seeds:
+        config = {**first.config, "seed": seed}
+        out[seed] = (_words(plan, arm, extra, seed, common) + point, first._replace(config=config, id=identity(config)))
     return out
 
 
@@ -171,9 +182,9 @@ def _tune(plan: Plan, book, common, options, say) -> dict[str, list[str]]:
     for arm in plan.arms:
         for number, point in enumerate(_overrides(arm.tune)):
             if point:
-                for (_, extra), seed in product(plan.settings.items(), seeds):
-                    words = _words(plan, arm, extra, seed, common) + point
-                    trials.setdefault((arm.name, number, tuple(point)), []).append((words, compose(words, book)))
+                for extra in plan.settings.values():
+                    pairs = _seeded(plan, arm, extra, seeds, common, point, book).values()
+                    trials.setdefault((arm.name, number, tuple(point)), []).extend(pairs)
     _run([t for ts in trials.values() for t in ts], options, say)
     best: dict[str, tuple] = {}
     for (arm, _, point), ts in trials.items():

@@ -91,6 +91,15 @@ def _same(found: list[dict], by: str, allow: bool) -> list[str]:
             if not allow:
                 raise UserError(f"{said}\nnarrow the choice (--env, size=…), or accept it with --allow-mixed")
             told.append("MIXED: " + said)
+    seeds: dict[str, set] = {}
+    for run in found:
+        seeds.setdefault(value_of(run, by), set()).add(run["seed"])
+    if by != "seed" and len({frozenset(s) for s in seeds.values()}) > 1:
+        said = "the groups have different seeds and cannot be paired: " + "; ".join(
+            f"{name}: {', '.join(map(str, sorted(s)[:8]))}" for name, s in sorted(seeds.items()))
+        if not allow:
+            raise UserError(f"{said}\nrun the missing seeds, or accept unpaired groups with --allow-mixed")
+        told.append("UNPAIRED: " + said)
     return told
 
 

@@ -57,20 +57,27 @@ def test_table_json_csv_latex_plot(runs, tmp_path, capsys):
 
 
 def test_failed_runs_are_shown(runs, capsys):
-    runs("kd", 7, 0.0, status="failed")
-    told = json.loads(compare(capsys, "--json")[1])
-    assert {r["method"]: (r["runs"], r["failed"]) for r in told["rows"]} == {"adpo": (5, 0), "kd": (5, 1)}
+    for method in ("kd", "adpo"):
+        runs(method, 7, 0.0, status="failed" if method == "kd" else "done")
+    told = json.loads(compare(capsys, "--json", "--baseline", "kd")[1])
+    assert {r["method"]: (r["runs"], r["failed"]) for r in told["rows"]} == {"adpo": (6, 0), "kd": (5, 1)}
+    assert told["rows"][0]["difference"] is None, "no pairs can be made with a run that failed"
 
 
-def test_unequal_seeds_are_not_paired(runs, capsys):
+def test_unequal_seeds_are_refused_or_bannered(runs, capsys):
     runs("kd", 7, 4.0)
-    row = json.loads(compare(capsys, "--json", "--baseline", "kd")[1])["rows"][0]
+    code, _, err = compare(capsys)
+    assert code == 2 and "different seeds" in err and "kd: 0, 1, 2, 3, 4, 7" in err
+    code, out, _ = compare(capsys, "--allow-mixed", "--baseline", "kd")
+    assert code == 0 and "UNPAIRED" in out
+    row = json.loads(compare(capsys, "--json", "--allow-mixed", "--baseline", "kd")[1])["rows"][0]
     assert row["difference"] is None and row["probability_of_improvement"] is not None
 
 
 @pytest.mark.parametrize("change", [{"size": "paper"}, {"env": "pendulum"}, {"commit": "0ther"}])
 def test_mixtures_are_refused_or_bannered(runs, capsys, change):
-    runs("kd", 8, 4.0, **change)
+    for method in ("kd", "adpo"):
+        runs(method, 8, 4.0, **change)
     code, _, err = compare(capsys)
     assert code == 2 and f"different {next(iter(change))}s" in err and "--allow-mixed" in err
     code, out, _ = compare(capsys, "--allow-mixed")
@@ -78,10 +85,10 @@ def test_mixtures_are_refused_or_bannered(runs, capsys, change):
 
 
 def test_by_a_setting_and_filters(runs, capsys):
-    for seed in range(3):
+    for seed in range(5):
         runs("adpo", seed, 20.0 + seed, tau=0.5)
     told = json.loads(compare(capsys, "--json", "--by", "method.tau", "method=adpo")[1])
-    assert [(r["method.tau"], r["runs"]) for r in told["rows"]] == [("0.5", 3), ("1.0", 5)]
+    assert [(r["method.tau"], r["runs"]) for r in told["rows"]] == [("0.5", 5), ("1.0", 5)]
 
 
 @pytest.mark.parametrize(("words", "said"), [
