@@ -373,7 +373,7 @@ def _execute(job, options, command, fabric=None) -> int:
             print(f"stopped, state saved; the same command continues: {command}", file=sys.stderr)
         return 143
     if result:
-        print_result(result)
+        print(json.dumps(result, indent=1)) if options.get("json") else print_result(result)
     return 0
 
 

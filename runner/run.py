@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -227,6 +228,9 @@ def _train(job, folder, fabric, method, world, stream, quiet, command, began) ->
             record.write(status="preempted", step=loop.step, seconds=spent + time.monotonic() - began)
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # no traceback could be written
+            raise UserError(f"the disk is full at {folder} (step {loop.step:,}); what is saved stands\n"
+                            "make room, and the same command continues from the last checkpoint") from None
         if record is None:  # rank 0 tells; the others' tracebacks say the same
             raise Failed(f"rank {rank}: {type(error).__name__}: {error}") from error
         failed = _failed(record, error, step=loop.step, seconds=spent + time.monotonic() - began)

@@ -121,3 +121,35 @@ def test_the_replay_is_saved_once_and_not_with_every_checkpoint(tmp_path, monkey
     segments = sorted(p.name for p in (folder / "checkpoints" / "journal").iterdir())
     ends = [tuple(map(int, s.removesuffix(".safetensors").split("_")[1:])) for s in segments]
     assert len(ends) >= 2 and all(a[1] == b[0] for a, b in zip(ends, ends[1:])), "each segment goes on where one ended"
+
+
+def test_a_disk_that_fills_up_is_told_and_the_run_can_go_on(tmp_path, monkeypatch):
+    import errno
+
+    from runner.errors import UserError
+    from runner.record import Record
+
+    job = compose([*WORDS, f"runs={tmp_path}"], Catalogue())
+    log, written = Record.log, []
+
+    def full(self, line):
+        written.append(line)
+        if len(written) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        log(self, line)
+
+    with monkeypatch.context() as m:
+        m.setattr(Record, "log", full)
+        with pytest.raises(UserError, match="disk is full"):
+            execute(job, quiet=True)
+    assert Checkpoints(folder_of(job) / "checkpoints").steps() == [40, 20]
+    assert execute(job, quiet=True)["status"] == "done"
+    steps = [json.loads(line)["step"] for line in (folder_of(job) / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [10, 20, 30, 40, 50, 60]
+
+
+def test_json_of_a_single_run(tmp_path, capsys):
+    from runner.cli import main
+
+    assert main([*WORDS, f"runs={tmp_path}", "--quiet", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["status"] == "done"
