@@ -31,7 +31,8 @@ def candidates() -> dict[str, list[str]]:
                 if k.choices:
                     values[key] = sorted({*values.get(key, []), *map(str, k.choices)})
     return {"words": [c for c in COMMANDS if c != "worker"] + sorted({*_FLAGS, *_VALUED}), "keys": keys, "values": values,
-            "names": book.names("method") + book.names("env")}
+            "names": book.names("method") + book.names("env"),
+            "claims": sorted(p.stem for p in (catalogue.CONF / "claim").glob("*/*.yaml"))}
 
 
 def script(shell: str) -> str:
@@ -39,13 +40,7 @@ def script(shell: str) -> str:
         raise unknown("shell", shell, ["bash", "zsh"])
     c = candidates()
     cases = "\n".join(f'    {key}*) words="{" ".join(key + v for v in vs)}" ;;' for key, vs in c["values"].items())
-    head = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
-    return head + f"""\
-# completion of `python -m runner` (and of the command `ballast`)
-_ballast() {{
-  local line="${{COMP_LINE:0:$COMP_POINT}}" current words runs
-  [[ "$line" == *" -m runner"* || "$line" == ballast* ]] || return 0
-  current="${{line##* }}"
+    words = f"""\
   case "$current" in
 {cases}
     *)
@@ -53,16 +48,47 @@ _ballast() {{
       case "$line" in
         *" show "*|*" diff "*) words="{" ".join(c["names"])}" ;;
         *" list "*) words="methods envs hardware sizes loggers --json" ;;
+        *" claim "*) words="{" ".join(c["claims"])} --all --family seeds= --jobs" ;;
         *" eval "*|*" export "*|*" video "*) words="$(command ls runs 2>/dev/null) --to --runs" ;;
       esac ;;
-  esac
+  esac"""
+    return (_ZSH if shell == "zsh" else _BASH).replace("@WORDS@", words)
+
+
+_BASH = """\
+# completion of `python -m runner` (and of the command `ballast`) in bash
+_ballast() {
+  local line="${COMP_LINE:0:$COMP_POINT}" current words
+  [[ "$line" == *" -m runner"* || "$line" == ballast* ]] || return 0
+  current="${line##* }"
+@WORDS@
   COMPREPLY=($(compgen -W "$words" -- "$current"))
   # bash splits words at '=': it completes only what stands after it
   if [[ "$current" == *=* && "$COMP_WORDBREAKS" == *=* ]]; then
-    COMPREPLY=("${{COMPREPLY[@]#"${{current%%=*}}="}}")
+    COMPREPLY=("${COMPREPLY[@]#"${current%%=*}="}")
   fi
-  [[ ${{#COMPREPLY[@]}} -eq 1 && "${{COMPREPLY[0]}}" == *= ]] && compopt -o nospace 2>/dev/null
+  [[ ${#COMPREPLY[@]} -eq 1 && "${COMPREPLY[0]}" == *= ]] && compopt -o nospace 2>/dev/null
   return 0
-}}
+}
 complete -o default -F _ballast python python3 ballast
+"""
+
+_ZSH = """\
+# completion of `python -m runner` (and of the command `ballast`) in zsh
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
+_ballast() {
+  local line="${(j: :)words[1,CURRENT]}" current="$words[CURRENT]" words
+  if [[ "$line" != *" -m runner"* && "$line" != ballast* ]]; then
+    (( $+functions[_python] )) || autoload -Uz _python
+    _python
+    return
+  fi
+@WORDS@
+  local -a ends others
+  local word
+  for word in ${=words}; do [[ "$word" == *= ]] && ends+=("$word") || others+=("$word"); done
+  compadd -S '' -a ends
+  compadd -a others
+}
+compdef _ballast python python3 ballast
 """

@@ -7,6 +7,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import subprocess
 import time
 
@@ -106,16 +107,40 @@ def test_a_tab_in_an_interactive_bash(bash_script):
         os.close(leader)
 
 
-def test_zsh():
+def test_zsh(tmp_path):
+    """In a real interactive zsh, with a real Tab, where there is one; its text else."""
     text = script("zsh")
-    assert "bashcompinit" in text.splitlines()[0] and "bashcompinit" not in script("bash")
+    assert "compdef _ballast python" in text and "method=adpo" in text and "complete -o" not in text
     if not shutil.which("zsh"):
+        print("NOT EXERCISED: no zsh on this machine")
         return
-    program = text + ('COMP_LINE="python -m runner method=ad"; COMP_POINT=${#COMP_LINE}; _ballast; '
-                      'printf "%s\\n" "${COMPREPLY[@]}"')
-    done = subprocess.run(["zsh", "-f", "-c", "autoload -U compinit; compinit -u -D\n" + program], capture_output=True,
-                          text=True, timeout=30)
-    assert "adpo" in done.stdout, done.stderr
+    import pty
+    import select
+    import time
+
+    (tmp_path / "c.zsh").write_text(text)
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.environ.update(TERM="xterm", ZDOTDIR=str(tmp_path))
+        os.execvp("zsh", ["zsh", "-f", "-i"])
+
+    def type_(keys, until):
+        os.write(fd, keys.encode())
+        seen, deadline = "", time.time() + 15
+        while until not in seen and time.time() < deadline:
+            if select.select([fd], [], [], 0.2)[0]:
+                seen += os.read(fd, 65536).decode(errors="replace")
+        return seen
+
+    type_(f"autoload -Uz compinit; compinit -u -D; source {tmp_path}/c.zsh; print rea''dy\n", "ready")
+    for typed, wanted in (("python -m runner method=adp\t", "method=adpo"), ("python -m runner sho\t", "show"),
+                          ("ballast method=adpo env=halfc\t", "env=halfcheetah"),
+                          ("python -m runner claim adpo_d\t", "adpo_distillation")):
+        assert wanted in type_(typed, wanted)
+        type_("\x15", "")
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    os.close(fd)
 
 
 def test_candidates_are_what_the_command_line_knows():
