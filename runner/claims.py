@@ -11,8 +11,14 @@ A plan is conf/claim/<family>/<name>.yaml:
       unanchored: {method: adpo, role: baseline, overrides: […], tune: {method.learning_rate: [1e-3, 3e-3]}}
 
 Exactly one arm is the baseline. Several arms of role `method`, or one with `sweep: {key: [values]}`, make a claim about the
-best of them, and its interval pays for the choice. `tune` picks each arm's values on seeds that are not used again; every
-arm must be given equally many points. Seeds are paired: arm by arm the same seeds, and so the same data and start states.
+best of them, and its interval pays for the choice. A study may instead fit a curve:
+
+    analysis: {kind: slope, arm: NAME, knob: method.tau, scale: log2}     also: [further metrics, shown for every arm]
+
+judges the slope of the metric over a swept arm's knob, fitted seed by seed (runner/analyses.py).
+
+`tune` picks each arm's values on seeds that are not used again; every arm must be given equally many points. Seeds are paired:
+arm by arm the same seeds, and so the same data and start states.
 
 Verdict: of the paired differences (method - baseline) the studentised bootstrap interval at 95 %, stratified by setting:
 supported (all of it beyond the margin), not supported (none of it), undecided.
@@ -29,7 +35,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from runner import catalogue
+from runner import analyses, catalogue
 from runner import record as records
 from runner.catalogue import CONF, ROOT, Catalogue, load_yaml
 from runner.compose import Job, compose, identity
@@ -39,7 +45,7 @@ from runner.record import Record
 from runner.run import check_hardware, folder_of
 
 KEYS = {"hypothesis", "methods", "env", "size", "seeds", "overrides", "settings", "metric", "direction", "margin",
-        "refuted_by", "arms", "cost"}
+        "refuted_by", "arms", "cost", "analysis", "also"}
 ARM_KEYS = {"method", "role", "overrides", "tune", "sweep", "env"}
 NEEDED = ("hypothesis", "methods", "env", "metric", "arms", "refuted_by")
 TUNE_SEED = 1000  # tuning uses this seed and the next ones; claims start at 0
@@ -105,9 +111,12 @@ def load(name: str, book: Catalogue, seeds: str | None = None) -> Plan:
         raise UserError(f"claim {name}: arms have unequal tuning budgets ({', '.join(f'{k}: {v}' for k, v in budgets.items())} "
                         "points); a baseline is tuned as much as the method")
     metrics = catalogue.metrics(book.get("env", text["env"]))
-    if text["metric"] not in metrics:
-        raise UserError(f"claim {name}: env {text['env']} has no metric '{text['metric']}'\n"
-                        f"did you mean: {', '.join(nearest(text['metric'], metrics)) or ', '.join(metrics)}?")
+    for metric in (text["metric"], *text.get("also", [])):
+        if metric not in metrics:
+            raise UserError(f"claim {name}: env {text['env']} has no metric '{metric}'\n"
+                            f"did you mean: {', '.join(nearest(metric, metrics)) or ', '.join(metrics)}?")
+    if "analysis" in text:
+        analyses.check(text["analysis"], name, {a.name: a.overrides for a in arms})
     return Plan(name, path.parent.name, text, arms, _seeds(seeds if seeds is not None else text.get("seeds", 5)),
                 text.get("settings") or {"": []})
 
@@ -231,6 +240,7 @@ def judge(plan: Plan, todo: dict, chosen: dict, allow_mixed: bool, wall: float) 
             interval = st.bootstrap_interval(present, method="studentized" if len(present) > 3 else "percentile")
             entry |= {"mean": float(st.mean(present)), "iqm": float(st.iqm(present)),
                       "interval": [_finite(interval.low), _finite(interval.high)]}
+        entry["also"] = {m: [done[k]["metrics"].get(m) if k in done else None for k in keys] for m in text.get("also", [])}
         if failed:
             warnings.append(f"arm {arm.name}: {len(failed)} of {len(values)} runs failed (seeds {sorted(set(failed))})")
         arms[arm.name] = entry
@@ -253,6 +263,16 @@ def judge(plan: Plan, todo: dict, chosen: dict, allow_mixed: bool, wall: float) 
                 comparisons.append(_comparison(st, name, baseline, arms, effect, margin, direction))
     if len(plan.seeds) < 3:
         warnings.append(f"only {len(plan.seeds)} seeds: no verdict should be drawn from them")
+    study = None
+    if "analysis" in text and not any(a["failed"] for a in arms.values()):
+        study = analyses.run(text["analysis"], {n: (a["overrides"], a["values"]) for n, a in arms.items()}, labels)
+        verdict = st.verdict(study["effect"], margin, direction)
+        effect = study.pop("effect")
+        comparisons.insert(0, {"arm": study["name"], "against": "no dependence", "difference": effect.difference,
+                               "interval": [_finite(effect.low), _finite(effect.high)],
+                               "probability_of_improvement": study["share"] if direction == "max" else 1 - study["share"],
+                               "verdict": verdict})
+        warnings = [w for w in warnings if "studentized" not in w] + list(effect.warnings)
     first = next(iter(done.values()), {})
     return {
         "claim": plan.name, "hypothesis": text["hypothesis"], "family": plan.family, "methods": text["methods"],
@@ -260,7 +280,8 @@ def judge(plan: Plan, todo: dict, chosen: dict, allow_mixed: bool, wall: float) 
         "size": text.get("size", "claim"), "settings": plan.settings, "seeds": plan.seeds, "refuted_by": text["refuted_by"],
         "effect": comparisons[0]["difference"] if comparisons else None,
         "interval": comparisons[0]["interval"] if comparisons else [None, None],
-        "arms": arms, "comparisons": comparisons, "curves": _curves(plan, todo, done, metric), "warnings": warnings,
+        "arms": arms, "comparisons": comparisons, "analysis": study,
+        "curves": _curves(plan, todo, done, metric), "warnings": warnings,
         "command": f"python -m runner claim {plan.name}", "commit": first.get("commit"), "dirty": first.get("dirty"),
         "versions": first.get("versions"), "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {first.get('device')}",
         "run_seconds": sum(r.get("seconds", 0.0) for r in done.values()), "wall_seconds": wall,

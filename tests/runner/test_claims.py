@@ -25,7 +25,7 @@ def plan(tmp_path, monkeypatch):
         text = {k: v for k, v in {**PLAN, **changes}.items() if v is not None}
         path = tmp_path / "claim" / "preference" / "mine.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(text))
+        path.write_text(yaml.safe_dump(text, sort_keys=False))
         monkeypatch.setattr(claims, "paths", lambda: {"mine": path})
         return claims.load("mine", Catalogue())
     return write
@@ -64,6 +64,31 @@ def test_verdicts(plan, tmp_path, shift, direction, margin, expected):
     assert result["effect"] == pytest.approx(shift + sum(NOISE) / 5)
     assert result["interval"][0] <= result["effect"] <= result["interval"][1]
     assert result["arms"]["old"]["values"] == base and result["arms"]["old"]["iqm"] == pytest.approx(20.0)
+
+
+SWEPT = {"tau": {"method": "adpo", "sweep": {"method.tau": [0.5, 1.0, 2.0, 4.0]}}, "old": PLAN["arms"]["old"]}
+
+
+@pytest.mark.parametrize(("slope", "expected"), [(0.7, "supported"), (-0.7, "not supported"), (0.01, "undecided")])
+def test_a_study_judges_a_fitted_slope(plan, tmp_path, slope, expected):
+    """Values slope * log2(tau) + a level of the seed + noise without slope: the fit must find the slope, seed by seed."""
+    p = plan(arms=SWEPT, analysis={"kind": "slope", "arm": "tau", "knob": "method.tau", "scale": "log2"}, also=["return_std"])
+    values = {"old": [0.0] * 5}
+    for log, name in zip((-1, 0, 1, 2), (a.name for a in p.arms)):
+        values[name] = [slope * log + 100 * s + n * log for s, n in enumerate([0.1, -0.1, 0.05, -0.05, 0.0])]
+    result = claims.judge(p, finished(p, values, tmp_path), {}, False, 1.0)
+    assert result["verdict"] == expected and result["effect"] == pytest.approx(slope)
+    assert result["comparisons"][0]["arm"] == "slope over log2 method.tau"
+    assert result["analysis"]["slopes"] == pytest.approx([slope + n for n in [0.1, -0.1, 0.05, -0.05, 0.0]])
+    assert result["arms"]["old"]["also"] == {"return_std": [None] * 5}
+
+
+@pytest.mark.parametrize("analysis", [
+    {"kind": "slop"}, {"kind": "slope", "arm": "new", "knob": "method.tau"}, {"kind": "slope", "arm": "tau", "knob": "method.a"},
+    {"kind": "slope", "arm": "tau", "knob": "method.tau", "scale": "ln"}, {"kind": "slope", "arms": "tau"}])
+def test_wrong_analyses_are_refused(plan, analysis):
+    with pytest.raises(UserError):
+        plan(arms=SWEPT, analysis=analysis)
 
 
 def test_a_failed_run_is_shown_and_leaves_no_verdict(plan, tmp_path):
