@@ -149,6 +149,8 @@ def print_results(runs: Path, filters: list[str], as_json: bool, only: list[str]
 
 def print_claim(result: dict):
     """The arms, the comparisons with the baseline, and the verdict of one claim."""
+    from rich.markup import escape  # a sweep's arms are called tau[tau=0.5]
+
     console = _console()
     print(f"\nclaim {result['claim']}: {result['hypothesis']}")
     print(f"{result['metric']} on {result['env']} ({'higher' if result['direction'] == 'max' else 'lower'} is better), "
@@ -156,12 +158,12 @@ def print_claim(result: dict):
           + (f", settings {', '.join(result['settings'])}" if "" not in result["settings"] else ""))
     table = _table(["arm", "role", "mean", "IQM", "95 % interval", "failed"], right=(2, 3, 4, 5))
     for name, arm in result["arms"].items():
-        table.add_row(name, arm["role"], number(arm["mean"]), number(arm["iqm"]),
+        table.add_row(escape(name), arm["role"], number(arm["mean"]), number(arm["iqm"]),
                       " … ".join(number(x) for x in arm["interval"]), str(len(arm["failed"]) or "-"))
     console.print(table)
     table = _table(["compared", "difference", "95 % interval", "P(better)", "verdict"], right=(1, 2, 3))
     for c in result["comparisons"]:
-        table.add_row(f"{c['arm']} - {c['against']}", number(c["difference"]), " … ".join(number(x) for x in c["interval"]),
+        table.add_row(escape(f"{c['arm']} - {c['against']}"), number(c["difference"]), " … ".join(number(x) for x in c["interval"]),
                       f"{c['probability_of_improvement']:.2f}", c["verdict"])
     console.print(table)
     for text in result["warnings"]:

@@ -91,6 +91,15 @@ def test_wrong_analyses_are_refused(plan, analysis):
         plan(arms=SWEPT, analysis=analysis)
 
 
+def test_swept_arms_keep_their_names_in_the_table(plan, tmp_path, capsys):
+    from runner.report import print_claim
+
+    p = plan(arms=SWEPT)
+    values = {a.name: [i + n for n in NOISE] for i, a in enumerate(p.arms)}
+    print_claim(claims.judge(p, finished(p, values, tmp_path), {}, False, 1.0))
+    assert "tau[tau=0.5] - old" in capsys.readouterr().out
+
+
 def test_a_failed_run_is_shown_and_leaves_no_verdict(plan, tmp_path):
     p = plan()
     values = {"new": [12.0] * 5, "old": [1.0, 2.0, 3.0, 4.0, 5.0]}
