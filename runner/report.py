@@ -163,8 +163,8 @@ def print_claim(result: dict):
     console.print(table)
     table = _table(["compared", "difference", "95 % interval", "P(better)", "verdict"], right=(1, 2, 3))
     for c in result["comparisons"]:
-        table.add_row(escape(f"{c['arm']} - {c['against']}"), number(c["difference"]), " … ".join(number(x) for x in c["interval"]),
-                      f"{c['probability_of_improvement']:.2f}", c["verdict"])
+        table.add_row(escape(f"{c['arm']} - {c['against']}"), number(c["difference"]),
+                      " … ".join(number(x) for x in c["interval"]), f"{c['probability_of_improvement']:.2f}", c["verdict"])
     console.print(table)
     for text in result["warnings"]:
         print(f"note: {text}")
