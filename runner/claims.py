@@ -380,9 +380,44 @@ def command(words: list[str], options: dict) -> int:
                 print(f"recorded in {target.relative_to(ROOT)}")
         elif not options.get("json"):
             print("not recorded: fewer seeds than the plan asks for" + _against(target, result))
+    if len(results) > 1 and not options.get("json"):
+        print("\n" + holm_text(results))
     if options.get("json"):
         print(json.dumps(results if len(results) > 1 else results[0], indent=1))
     return 1 if any(a["failed"] for r in results for a in r["arms"].values()) else 0
+
+
+def p_value(result: dict) -> float | None:
+    """One-sided sign-flip p-value that the claim's own comparison does not exceed its margin; None without a comparison.
+    For the best of several arms it is multiplied by their number (Bonferroni)."""
+    import numpy as np
+
+    from runner import statistics as st
+
+    if not result["comparisons"]:
+        return None
+    sign = 1 if result["direction"] == "max" else -1
+    labels = [s for s in result["settings"] for _ in result["seeds"]]
+    if result.get("analysis"):
+        improvement, tested = sign * np.array(result["analysis"]["slopes"]), 1
+    else:
+        first, arms = result["comparisons"][0], result["arms"]
+        improvement = sign * (np.array(arms[first["arm"]]["values"]) - np.array(arms[first["against"]]["values"]))
+        tested = sum(a["role"] == "method" for a in arms.values())
+    p = st.sign_flip_p_value(improvement - result["margin"], strata=labels, alternative="greater")
+    return min(1.0, p * tested)
+
+
+def holm_text(results: list[dict]) -> str:
+    """Over several claims some look supported by chance: Holm's adjusted p-values of those that have a comparison."""
+    from runner import statistics as st
+
+    found = {r["claim"]: p for r in results if (p := p_value(r)) is not None}
+    if not found:
+        return "no claim has a comparison"
+    adjusted = st.holm(list(found.values())).adjusted
+    lines = [f"  {name}: p {p:.3g}, adjusted {a:.3g}" for (name, p), a in zip(found.items(), adjusted)]
+    return f"Holm's correction over {len(found)} claims (one-sided sign-flip p-values)\n" + "\n".join(lines)
 
 
 def _against(target: Path, result: dict) -> str:

@@ -206,6 +206,18 @@ def test_a_claim_runs_what_is_missing_judges_and_does_not_run_twice(plan, tmp_pa
         claims.command([*words, "size=paper"], {"include": []})
 
 
+def test_many_claims_are_corrected_together(plan, tmp_path):
+    """Five improvements of one sign: p = 1/32, the smallest that five pairs allow; two claims: Holm doubles the smaller."""
+    p = plan()
+    base = [10.0, 30.0, 20.0, 25.0, 15.0]
+    high = [b + 1 + n for b, n in zip(base, NOISE)]
+    good = claims.judge(p, finished(p, {"new": high, "old": base}, tmp_path / "a"), {}, False, 1.0)
+    bad = claims.judge(p, finished(p, {"new": base, "old": high}, tmp_path / "b"), {}, False, 1.0)
+    assert claims.p_value(good) == pytest.approx(1 / 32) and claims.p_value(bad) == pytest.approx(1.0)
+    text = claims.holm_text([good, {**bad, "claim": "other"}])
+    assert "mine: p 0.0312, adjusted 0.0625" in text and "other: p 1, adjusted 1" in text
+
+
 EVERY = claims.paths()
 
 
