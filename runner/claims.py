@@ -27,6 +27,7 @@ supported (all of it beyond the margin), not supported (none of it), undecided.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
@@ -216,77 +217,113 @@ def check(name: str, book: Catalogue, options: dict, common: list[str], seeds: s
 
 def judge(plan: Plan, todo: dict, chosen: dict, allow_mixed: bool, wall: float) -> dict:
     """The verdict from finished runs. A failed run is named, and there is no verdict without its value."""
-    import numpy as np
-
-    from runner import statistics as st
-
-    text, runs, warnings = plan.text, {}, []
-    metric, direction = text["metric"], text.get("direction", "max")
-    margin = float(text.get("margin", 0.0))
-    for key, (_, job) in todo.items():
-        runs[key] = _record(job) or {"status": "missing"}
-    done = {k: r for k, r in runs.items() if r["status"] == "done"}
-    warnings += _mixed(done, allow_mixed)
-    arms = {}
-    for arm in plan.arms:
-        keys = [(arm.name, s, seed) for s in plan.settings for seed in plan.seeds]
-        values = [done[k]["metrics"].get(metric) if k in done else None for k in keys]
-        failed = [k[2] for k, v in zip(keys, values) if v is None]
-        entry = {"method": arm.method, "role": arm.role, "overrides": arm.overrides + chosen.get(arm.name, []),
-                 "tuned": bool(arm.tune), "values": values, "failed": failed,
-                 "runs": [todo[k][1].id for k in keys], "mean": None, "iqm": None, "interval": [None, None]}
-        present = np.array([v for v in values if v is not None])
-        if len(present):
-            interval = st.bootstrap_interval(present, method="studentized" if len(present) > 3 else "percentile")
-            entry |= {"mean": float(st.mean(present)), "iqm": float(st.iqm(present)),
-                      "interval": [_finite(interval.low), _finite(interval.high)]}
-        entry["also"] = {m: [done[k]["metrics"].get(m) if k in done else None for k in keys] for m in text.get("also", [])}
-        if failed:
-            warnings.append(f"arm {arm.name}: {len(failed)} of {len(values)} runs failed (seeds {sorted(set(failed))})")
-        arms[arm.name] = entry
-    baseline = next(a.name for a in plan.arms if a.role == "baseline")
-    tested = [a.name for a in plan.arms if a.role == "method"]
-    others = [a.name for a in plan.arms if a.role == "other"]
-    labels = [s for s in plan.settings for _ in plan.seeds]
-    comparisons, verdict = [], st.UNDECIDED
-    if not any(arms[n]["failed"] for n in [*tested, baseline]):
-        result = st.simultaneous({n: np.array(arms[n]["values"]) for n in tested}, np.array(arms[baseline]["values"]),
-                                 strata=labels, direction=direction)
-        order = [result.best, *(n for n in tested if n != result.best)]
-        verdict = st.verdict(result.effect, margin, direction)
-        comparisons = [_comparison(st, n, baseline, arms, result.effects[n], margin, direction) for n in order]
-        warnings += [w for w in result.effect.warnings if w not in warnings]
-        for name in others:
-            if not arms[name]["failed"]:
-                effect = st.simultaneous({name: np.array(arms[name]["values"])}, np.array(arms[baseline]["values"]),
-                                         strata=labels, direction=direction).effect
-                comparisons.append(_comparison(st, name, baseline, arms, effect, margin, direction))
+    text = plan.text
+    found = {key: _record(job) or {"status": "missing"} for key, (_, job) in todo.items()}
+    done = {k: r for k, r in found.items() if r["status"] == "done"}
+    warnings = _mixed(done, allow_mixed)
+    arms = {arm.name: _arm(plan, arm, todo, done, chosen) for arm in plan.arms}
+    for name, arm in arms.items():
+        if arm["failed"]:
+            warnings.append(f"arm {name}: {len(arm['failed'])} of {len(arm['values'])} runs failed or gave no finite "
+                            f"{text['metric']} (seeds {sorted(set(arm['failed']))})")
     if len(plan.seeds) < 3:
         warnings.append(f"only {len(plan.seeds)} seeds: no verdict should be drawn from them")
-    study = None
-    if "analysis" in text and not any(a["failed"] for a in arms.values()):
-        study = analyses.run(text["analysis"], {n: (a["overrides"], a["values"]) for n, a in arms.items()}, labels)
-        verdict = st.verdict(study["effect"], margin, direction)
-        effect = study.pop("effect")
-        comparisons.insert(0, {"arm": study["name"], "against": "no dependence", "difference": effect.difference,
-                               "interval": [_finite(effect.low), _finite(effect.high)],
-                               "probability_of_improvement": study["share"] if direction == "max" else 1 - study["share"],
-                               "verdict": verdict})
-        warnings = [w for w in warnings if "studentized" not in w] + list(effect.warnings)
+    verdict, comparisons, study, said = (_study if "analysis" in text else _contest)(plan, arms)
+    warnings += [w for w in said if w not in warnings]
     first = next(iter(done.values()), {})
     return {
         "claim": plan.name, "hypothesis": text["hypothesis"], "family": plan.family, "methods": text["methods"],
-        "verdict": verdict, "metric": metric, "direction": direction, "margin": margin, "env": text["env"],
-        "size": text.get("size", "claim"), "settings": plan.settings, "seeds": plan.seeds, "refuted_by": text["refuted_by"],
+        "verdict": verdict, "metric": text["metric"], "direction": _direction(plan), "margin": _margin(plan),
+        "env": text["env"], "size": text.get("size", "claim"), "settings": plan.settings, "seeds": plan.seeds,
+        "refuted_by": text["refuted_by"],
         "effect": comparisons[0]["difference"] if comparisons else None,
         "interval": comparisons[0]["interval"] if comparisons else [None, None],
         "arms": arms, "comparisons": comparisons, "analysis": study,
-        "curves": _curves(plan, todo, done, metric), "warnings": warnings,
+        "curves": _curves(plan, todo, done, text["metric"]), "warnings": warnings,
         "command": f"python -m runner claim {plan.name}", "commit": first.get("commit"), "dirty": first.get("dirty"),
         "versions": first.get("versions"), "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {first.get('device')}",
         "run_seconds": sum(r.get("seconds", 0.0) for r in done.values()), "wall_seconds": wall,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _direction(plan) -> str:
+    return plan.text.get("direction", "max")
+
+
+def _margin(plan) -> float:
+    return float(plan.text.get("margin", 0.0))
+
+
+def _labels(plan) -> list[str]:
+    """The setting of each of an arm's values: the strata."""
+    return [s for s in plan.settings for _ in plan.seeds]
+
+
+def _arm(plan, arm: Arm, todo, done, chosen) -> dict:
+    """An arm's record: its values in the order of settings and seeds; None where a run failed or diverged."""
+    import numpy as np
+
+    from runner import statistics as st
+
+    keys = [(arm.name, s, seed) for s in plan.settings for seed in plan.seeds]
+
+    def values(metric):
+        given = [done[k]["metrics"].get(metric) if k in done else None for k in keys]
+        return [v if v is not None and math.isfinite(v) else None for v in given]
+
+    own = values(plan.text["metric"])
+    entry = {"method": arm.method, "role": arm.role, "overrides": arm.overrides + chosen.get(arm.name, []),
+             "tuned": bool(arm.tune), "values": own, "failed": [k[2] for k, v in zip(keys, own) if v is None],
+             "runs": [todo[k][1].id for k in keys], "mean": None, "iqm": None, "interval": [None, None],
+             "also": {m: values(m) for m in plan.text.get("also", [])}}
+    strata = {s: np.array([v for v, label in zip(own, _labels(plan)) if label == s and v is not None]) for s in plan.settings}
+    if all(len(v) for v in strata.values()):
+        method = "studentized" if min(map(len, strata.values())) > 3 else "percentile"
+        interval = st.stratified_interval(strata, "mean", method=method)
+        entry |= {"mean": interval.value, "iqm": float(st.iqm(np.concatenate(list(strata.values())))),
+                  "interval": [_finite(interval.low), _finite(interval.high)]}
+    return entry
+
+
+def _contest(plan, arms) -> tuple[str, list[dict], None, list[str]]:
+    """(verdict, comparisons, no study, warnings): the best arm of role `method` against the baseline, paid for the choice;
+    then the other arms, each for itself."""
+    import numpy as np
+
+    from runner import statistics as st
+
+    by_role = {role: [a.name for a in plan.arms if a.role == role] for role in ("method", "baseline", "other")}
+    tested, baseline = by_role["method"], by_role["baseline"][0]
+    if any(arms[n]["failed"] for n in [*tested, baseline]):
+        return st.UNDECIDED, [], None, []
+
+    def against(names) -> st.Simultaneous:
+        return st.simultaneous({n: np.array(arms[n]["values"]) for n in names}, np.array(arms[baseline]["values"]),
+                               strata=_labels(plan), direction=_direction(plan))
+
+    result = against(tested)
+    effects = {result.best: result.effect, **result.effects}
+    effects |= {n: against([n]).effect for n in by_role["other"] if not arms[n]["failed"]}
+    comparisons = [_comparison(st, n, baseline, arms, e, _margin(plan), _direction(plan)) for n, e in effects.items()]
+    return comparisons[0]["verdict"], comparisons, None, list(result.effect.warnings)
+
+
+def _study(plan, arms) -> tuple[str, list[dict], dict | None, list[str]]:
+    """(verdict, comparisons, study, warnings): a fitted curve in place of a contest."""
+    from runner import statistics as st
+
+    if any(a["failed"] for a in arms.values()):
+        return st.UNDECIDED, [], None, []
+    fitted = {n: (a["overrides"], a["values"]) for n, a in arms.items()}
+    study = analyses.run(plan.text["analysis"], fitted, _labels(plan))
+    effect = study.pop("effect")
+    verdict = st.verdict(effect, _margin(plan), _direction(plan))
+    share = study["share"] if _direction(plan) == "max" else 1 - study["share"]
+    comparison = {"arm": study["name"], "against": "no dependence", "difference": effect.difference,
+                  "interval": [_finite(effect.low), _finite(effect.high)], "probability_of_improvement": share,
+                  "verdict": verdict}
+    return verdict, [comparison], study, list(effect.warnings)
 
 
 def _finite(x: float):
@@ -372,6 +409,10 @@ def command(words: list[str], options: dict) -> int:
         if not options.get("json"):
             print_claim(result)
         target = ROOT / "claims" / f"{plan.name}.json"
+        if target.exists():  # runs that were there already: their time stands
+            before = json.loads(target.read_text())
+            if [a["runs"] for a in before["arms"].values()] == [a["runs"] for a in result["arms"].values()]:
+                result["wall_seconds"] = max(result["wall_seconds"], before["wall_seconds"])
         full = len(plan.seeds) >= len(_seeds(plan.text.get("seeds", 5)))
         if full:
             target.parent.mkdir(exist_ok=True)

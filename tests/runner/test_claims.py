@@ -66,6 +66,14 @@ def test_verdicts(plan, tmp_path, shift, direction, margin, expected):
     assert result["arms"]["old"]["values"] == base and result["arms"]["old"]["iqm"] == pytest.approx(20.0)
 
 
+def test_a_diverged_run_counts_as_failed(plan, tmp_path):
+    p = plan()
+    values = {"new": [12.0, float("nan"), 12.5, 13.0, 12.0], "old": [1.0, 2.0, 3.0, 4.0, 5.0]}
+    result = claims.judge(p, finished(p, values, tmp_path), {}, False, 1.0)
+    assert result["arms"]["new"]["failed"] == [1] and result["verdict"] == "undecided"
+    json.dumps(result, allow_nan=False)
+
+
 SWEPT = {"tau": {"method": "adpo", "sweep": {"method.tau": [0.5, 1.0, 2.0, 4.0]}}, "old": PLAN["arms"]["old"]}
 
 
@@ -106,7 +114,7 @@ def test_a_failed_run_is_shown_and_leaves_no_verdict(plan, tmp_path):
     result = claims.judge(p, finished(p, values, tmp_path, fail={("new", 3)}), {}, False, 1.0)
     assert result["arms"]["new"]["failed"] == [3] and result["arms"]["new"]["values"][3] is None
     assert result["verdict"] == "undecided" and not result["comparisons"]
-    assert any("1 of 5 runs failed" in w for w in result["warnings"])
+    assert any("arm new: 1 of 5 runs failed" in w for w in result["warnings"])
 
 
 def test_the_best_of_several_arms_pays_for_the_choice(plan, tmp_path):
