@@ -1,4 +1,4 @@
-"""The preference family: identities from the sheets ([86] ADPO, "Identity tests"), checked against closed forms,
+"""The preference family: identities of ADPO and its special cases, checked against closed forms,
 enumeration, plain-python loops and autograd. Everything in float64 unless float32 is the point."""
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def test_the_fixed_point_is_anchor_times_target_to_the_tau():
         found = minimise(m, batch, anchor, q)
         wanted = anchor.exp() * q ** tau
         wanted = wanted / wanted.sum(-1, keepdim=True)
-        assert 0.5 * (found - wanted).abs().sum(-1).max() < 1e-6  # total variation; the sheet asks for 1e-3
+        assert 0.5 * (found - wanted).abs().sum(-1).max() < 1e-6  # total variation
         divergence.append((found * (found.log() - anchor.log_softmax(-1))).sum(-1))
     assert (divergence[0] < divergence[1]).all() and (divergence[1] < divergence[2]).all()
 
