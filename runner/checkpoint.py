@@ -97,7 +97,7 @@ class Checkpoints:
         self.journal.mkdir(exist_ok=True)
         first, total = stream.journal_first(), stream.journal_size()
         segments = self.last_segments
-        done = max([s["end"] for s in segments], default=first)
+        done = max([first, *(s["end"] for s in segments)])  # rows before `first` are gone, saved or not
         if total > done:
             name = f"rows_{done:012d}_{total:012d}.safetensors"
             data = save({"rows": stream.journal_rows(done, total).contiguous()})

@@ -64,7 +64,7 @@ def locate(job: Job, force: bool, fork: bool) -> tuple[Path, dict | None]:
     return folder, run
 
 
-def build(job: Job, device, seed: int | None = None):
+def build(job: Job, device):
     """(method, world) on `device`, not yet set up; imports the code."""
     from runner.interface import compose_class, make_config
 
@@ -141,7 +141,7 @@ def execute(job: Job, *, force=False, fork=False, quiet=False, command="", fabri
         raise _failed(record, error) from error
 
     if rank == 0:
-        if force:  # only now: what was asked for can be built
+        if force and Lock(folder).holder() is None:  # only now: what was asked for can be built, and nobody has come
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         lock = Lock(folder).acquire()

@@ -153,3 +153,19 @@ def test_json_of_a_single_run(tmp_path, capsys):
 
     assert main([*WORDS, f"runs={tmp_path}", "--quiet", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["status"] == "done"
+
+
+def test_more_rows_than_the_replay_holds_between_two_checkpoints(tmp_path):
+    """The journal's segment then begins later than the last one ended; every row must come back to its own place."""
+    from runner.run import assemble
+
+    job = compose([*WORDS, "env.capacity=50", "env.start_steps=30", f"runs={tmp_path}"], Catalogue())
+    _, _, stream = assemble(job)
+    points = Checkpoints(tmp_path / "checkpoints")
+    for step, draws in ((1, 1), (2, 77), (3, 5)):  # 31, 108 and 113 rows in all: 77 in between, of which 50 are held
+        for _ in range(draws):
+            stream.next()
+        points.save(step, {"stream": stream.state_dict()}, stream)
+    _, _, other = assemble(job)
+    other.load_state_dict(Checkpoints(tmp_path / "checkpoints").load(3, other)["stream"])
+    assert torch.equal(other.rows, stream.rows)
