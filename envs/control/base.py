@@ -18,6 +18,8 @@ from torch import Tensor
 
 from envs.control.distillation import Distillation, divergences, ndcg
 from envs.control.replay import Replay
+from envs.control.stored import Stored
+from runner.errors import UserError
 from runner.interface import Method, Metric, Spec, World, knob
 
 EVALUATION_SEED = 10_000  # start states of evaluations: the same for every method and every seed of a run
@@ -73,11 +75,24 @@ class ControlWorld(World):
     def spec(self):
         return self._spec
 
-    def stream(self, method: Method, kind: str, seed: int):
+    def columns(self) -> dict[str, Tensor]:
+        """The data set: observation (N, S), action (N, A), reward, terminated (N,), next_observation (N, S), and start
+        (N,), true where an episode begins. Rewards are as the environment gave them."""
+        raise NotImplementedError
+
+    def stream(self, method: Method, kind: str, seed: int | list[int]):
+        c = self.config
+        if kind == "offline":
+            columns = self.columns()
+            columns["reward"] = columns["reward"] * c.reward_scale
+            return Stored(columns, c.batch_size, seed, self.device)
+        if isinstance(seed, list):
+            raise UserError(f"batches of kind '{kind}' are made for one seed at a time: hardware.seeds goes with stored data\n"
+                            "sweep over seeds instead: -m seed=0,1,…")
         if kind == "candidates":
             self._distillation = self._distil(seed)
             return self._distillation.stream(method, seed)
-        return Replay(self.copies(self.config.copies), method, self.config, seed, self.device)
+        return Replay(self.copies(c.copies), method, c, seed, self.device)
 
     def _distil(self, seed: int) -> Distillation:
         """The teacher's states: `teacher_episodes` noisy episodes, each from its own start state."""
