@@ -104,6 +104,11 @@ class Method(nn.Module):
         """observation (n, observation_size) -> action (n, action_size) in [-1, 1]."""
         raise NotImplementedError(f"{type(self).__name__} does not act")
 
+    def assess(self, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor] | None:
+        """For worlds that know true values: Q(s, a) (critics, n) and the features below it (critics, n, width); None for a
+        method without critics."""
+        return None
+
     def extra_state(self) -> dict:
         """State besides modules and optimisers: plain values and tensors."""
         return {}
