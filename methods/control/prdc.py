@@ -45,9 +45,9 @@ class PRDC(TD3BC):
             self.actions = seen["action"].contiguous()
         return replaced
 
-    def anchor_action(self, batch, sample: Sample):
+    def anchor(self, batch, sample: Sample):
         if self.config.beta is None:
-            return super().anchor_action(batch, sample)
+            return super().anchor(batch, sample)
         key = torch.cat([self.config.beta * batch["observation"], sample.action.detach()], -1)
         nearest = self.index.nearest(key.reshape(-1, key.shape[-1]), self.config.neighbours)  # (…B, k)
-        return self.actions[nearest].mean(-2).view_as(sample.action)
+        return self.actions[nearest].mean(-2).view_as(sample.action), None

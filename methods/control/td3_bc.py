@@ -4,7 +4,7 @@ TD3 on a data set, with one more term in the actor's loss and the value rescaled
 
     L_pi = - lambda mean_B Q_1(s, pi(s)) + w mse(pi(s), a*),   lambda = alpha / mean_B |Q_1(s, pi(s))|, no gradient
 
-a* is the logged action here; a method that regularises towards another action overrides `anchor_action` (prdc, a2pr). mse is
+a* is the logged action here; a method that regularises towards another action overrides `anchor` (prdc, a2pr). mse is
 the mean over batch and action dimensions. Observations are normalised over the data set.
 
 | symbol | name |
@@ -34,12 +34,12 @@ class TD3BC(TD3):
         anchor_weight: float = knob(1.0, "weight of the distance to the anchor action; 0: none", low=0.0, source="paper, eq. 5")
         normalise_observations: bool = knob(True, "see (s - mean) / (std + 1e-3) of the data set", source="paper, eq. 6")
 
-    PARTS = (*TD3.PARTS, "anchor_action")
+    PARTS = (*TD3.PARTS, "anchor")
 
     # -- parts
-    def anchor_action(self, batch, sample: Sample) -> Tensor:
-        """a* (…, B, A), without gradient: what the policy is pulled to."""
-        return batch["action"]
+    def anchor(self, batch, sample: Sample) -> tuple[Tensor, Tensor | None]:
+        """a* (…, B, A), what the policy is pulled to, and the weight of each state (…, B), None for 1; without gradient."""
+        return batch["action"], None
 
     def actor_loss(self, batch, sample: Sample):
         values = self.critics.first(batch["observation"], sample.action)
@@ -52,5 +52,6 @@ class TD3BC(TD3):
         penalty = super().actor_penalty(batch, sample)
         if self.config.anchor_weight == 0:
             return penalty
-        distance = (sample.action - self.anchor_action(batch, sample)).square().mean((-2, -1))
-        return add(penalty, self.config.anchor_weight * distance)
+        action, weight = self.anchor(batch, sample)
+        distance = (sample.action - action).square().mean(-1)
+        return add(penalty, self.config.anchor_weight * (distance if weight is None else weight * distance).mean(-1))
