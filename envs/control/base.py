@@ -111,7 +111,7 @@ class ControlWorld(World):
         """Whole episodes, side by side. policy: observation (n, S) -> action (n, A), clipped before it is sent."""
         copies = self.copies(episodes)
         observation = np.stack([copies.reset(i, seed + i) for i in range(episodes)])
-        returns, lengths = np.zeros(episodes), np.zeros(episodes)
+        returns, lengths, ended = np.zeros(episodes), np.zeros(episodes), np.zeros(episodes, dtype=bool)
         alive, seen = list(range(episodes)), []
         while alive:
             now = torch.from_numpy(observation[alive]).to(self.device, torch.float32)
@@ -122,12 +122,13 @@ class ControlWorld(World):
                 observation[i], reward, terminated, truncated = copies.step(i, action)
                 returns[i] += reward
                 lengths[i] += 1
+                ended[i] = terminated
                 if not (terminated or truncated):
                     still.append(i)
             alive = still
         copies.close()
         return {"returns": torch.from_numpy(returns), "lengths": torch.from_numpy(lengths),
-                "observations": torch.cat(seen)}
+                "terminated": torch.from_numpy(ended), "observations": torch.cat(seen)}
 
     def _summary(self, played) -> dict[str, float]:
         returns = played["returns"]
