@@ -294,13 +294,16 @@ def _descends(entries, a, b) -> bool:
 
 def metrics(env: Entry) -> dict[str, list]:
     """{gold metric: [direction, unit]} of an env's world, read from its `metrics = {name: Metric(…)}`."""
-    for cls in lineage(main_class(env.source)):
+    found = {}
+    for cls in reversed(lineage(main_class(env.source))):
         for n in cls.node.body:
             if isinstance(n, (ast.Assign, ast.AnnAssign)) and isinstance(n.value, ast.Dict):
                 target = n.targets[0] if isinstance(n, ast.Assign) else n.target
-                if isinstance(target, ast.Name) and target.id == "metrics":
-                    return {k.value: [a.value for a in v.args[:2]] for k, v in zip(n.value.keys, n.value.values)}
-    return {}
+                if isinstance(target, ast.Name) and target.id == "metrics":  # a key None is **Parent.metrics
+                    inherited = found if None in n.value.keys else {}
+                    found = inherited | {k.value: [a.value for a in v.args[:2]] for k, v in zip(n.value.keys, n.value.values)
+                                         if k is not None}
+    return found
 
 
 # ---- importing, once a job starts -----------------------------------------------------------------------------------

@@ -51,6 +51,32 @@ class TanhGaussian(nn.Module):
         return self(observation)[0].tanh()
 
 
+class FreeGaussian(nn.Module):
+    """N(tanh f(s), diag exp(log_std)^2) with a state-independent log_std, not squashed: the actor of IQL and of weighted
+    behaviour cloning. Whoever trains it calls `bound` after every step: a clamp of log_std in here would pass no gradient
+    beyond a bound, and hold it there."""
+
+    def __init__(self, observation_size, action_size, hidden, bounds=(-5.0, 2.0), seeds=None, squash=True):
+        super().__init__()
+        self.net = mlp(observation_size, hidden, action_size, squash=squash, seeds=seeds)
+        self.log_std = nn.Parameter(torch.zeros(action_size if seeds is None else (seeds, action_size)))
+        self.bounds = bounds
+
+    def forward(self, observation: Tensor) -> Tensor:
+        """(…, B, S) -> mean (…, B, A)"""
+        return self.net(observation)
+
+    def log_prob(self, observation: Tensor, action: Tensor) -> Tensor:
+        """action (…, B, A) -> (…, B)"""
+        log_std = self.log_std.unsqueeze(-2)
+        z = (action - self(observation)) * (-log_std).exp()
+        return -(0.5 * z.square() + log_std + LOG_SQRT_2PI).sum(-1)
+
+    @torch.no_grad()
+    def bound(self):
+        self.log_std.clamp_(*self.bounds)
+
+
 class GaussianPolicy(nn.Module):
     """N(f(s), diag exp(log_std)^2) with a state-independent log_std; not squashed. Whoever trains it keeps
     log_std in `bounds` after every step: a clamp in here would pass no gradient beyond a bound, and hold it there.
