@@ -52,28 +52,26 @@ class TanhGaussian(nn.Module):
 
 
 class FreeGaussian(nn.Module):
-    """N(tanh f(s), diag exp(log_std)^2) with a state-independent log_std, not squashed: the actor of IQL and of weighted
-    behaviour cloning. Whoever trains it calls `bound` after every step: a clamp of log_std in here would pass no gradient
-    beyond a bound, and hold it there."""
+    """N(tanh(f(s)), exp(log_std)^2), log_std independent of the state; samples are clipped by whoever plays them. Whoever
+    trains it calls keep_in_bounds() after every step (a clamp in here would hold log_std at a bound for good)."""
 
-    def __init__(self, observation_size, action_size, hidden, bounds=(-5.0, 2.0), seeds=None, squash=True):
+    def __init__(self, observation_size, action_size, hidden, bounds=(-5.0, 2.0), log_std=0.0, squash=True, seeds=None):
         super().__init__()
         self.net = mlp(observation_size, hidden, action_size, squash=squash, seeds=seeds)
-        self.log_std = nn.Parameter(torch.zeros(action_size if seeds is None else (seeds, action_size)))
+        self.log_std = nn.Parameter(torch.full((action_size,) if seeds is None else (seeds, action_size), log_std))
         self.bounds = bounds
 
-    def forward(self, observation: Tensor) -> Tensor:
-        """(…, B, S) -> mean (…, B, A)"""
+    def mode(self, observation: Tensor) -> Tensor:
         return self.net(observation)
 
     def log_prob(self, observation: Tensor, action: Tensor) -> Tensor:
-        """action (…, B, A) -> (…, B)"""
+        """(…, B, S), (…, B, A) -> (…, B)"""
         log_std = self.log_std.unsqueeze(-2)
-        z = (action - self(observation)) * (-log_std).exp()
-        return -(0.5 * z.square() + log_std + LOG_SQRT_2PI).sum(-1)
+        z = (action - self.net(observation)) * (-log_std).exp()
+        return (-0.5 * z.square() - log_std - LOG_SQRT_2PI).sum(-1)
 
     @torch.no_grad()
-    def bound(self):
+    def keep_in_bounds(self):
         self.log_std.clamp_(*self.bounds)
 
 

@@ -51,8 +51,7 @@ class CQL(SoftActorCritic):
                                                source="official code", when={"lagrange": True})
         max_target: bool = knob(False, "the target takes the best of n actions of the policy", source="official code")
 
-    PARTS = ("next_action", "target", "pessimism", "critic_loss", "critic_penalty", "sampled_values", "update_models",
-             "actor_sample", "actor_loss", "actor_penalty", "update_targets", "feed")
+    PARTS = (*SoftActorCritic.PARTS, "sampled_values")
 
     def make_targets(self):
         super().make_targets()

@@ -93,8 +93,11 @@ class IQL(ActorCritic):
         return -(weight * sample.log_prob).mean(-1)
 
     def after_actor(self, batch, sample: Sample):
-        self.actor.bound()
+        self.actor.keep_in_bounds()
         return super().after_actor(batch, sample)
+
+    def mode(self, observation: Tensor) -> Tensor:
+        return self.actor.mode(observation)
 
     def export(self):
         return export_policy(self, self.actor.net)

@@ -42,7 +42,7 @@ def test_bash_completes(bash_script):
     with_ad = [n for n in names if n.startswith("ad")]
     assert ask(bash_script, "python -m runner method=ad") == with_ad and "adpo" in with_ad
     assert ask(bash_script, "python -m runner method=") == names
-    assert ask(bash_script, "ballast method=td3 env=point") == ["inverted_pendulum"]
+    assert ask(bash_script, "ballast method=td3 env=inver") == ["inverted_pendulum"]
     assert ask(bash_script, "python -m runner method=adpo size=") == ["claim", "paper", "smoke"]
     assert ask(bash_script, "python -m runner method=adpo hardware=f") == ["fsdp"]
     assert set(ask(bash_script, "python -m runner method=adpo method.anchor=")) >= {"ema", "teacher", "on_policy"}
