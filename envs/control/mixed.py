@@ -26,26 +26,19 @@ PROBE = 256
 class Mixed(Replay):
     """`columns`: the data set, rewards scaled; `evaluate`: method -> return of its deterministic policy."""
 
-    lookahead = 1
-
     def __init__(self, copies, columns: dict[str, Tensor], method, config, seed: int, device, evaluate):
         super().__init__(copies, method, config, seed, device)
         self.stored = Stored(columns, config.batch_size, seed, device)
         self.draws, self.evaluate = Draws(seed, device), evaluate
-        self.taken = 0
         self.probes: list[dict] = []
-        self.sizes = (0, 0)                     # rows of the next batch: stored, online, for each of its parts
-        self.places: dict[tuple, tuple] = {}    # sizes -> (stored, online) rows of the next batch, at fixed addresses
+        self.sizes = (0, 0, 1)                  # of the next batch: rows of a part, stored and online; parts
+        self.places: dict[tuple, tuple] = {}    # sizes -> the rows, stored and online, at fixed addresses
 
     def data(self):
         return self.stored.data()
 
     def replace(self, data):
         self.stored.replace(data)
-
-    def next(self):
-        self.ready(1)
-        return self.take()
 
     def ready(self, number: int):
         feed, parts, size = self.method.feed(), self.method.batches, self.config.batch_size

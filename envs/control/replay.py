@@ -15,6 +15,8 @@ from runner.interface import Method, Stream
 
 
 class Replay(Stream):
+    lookahead = 1  # a step is played before every batch
+
     def __init__(self, copies, method: Method, config, seed: int, device: torch.device):
         self.copies, self.method, self.device, self.config = copies, method, device, config
         s, a = copies.observation_size, copies.action_size
@@ -25,18 +27,22 @@ class Replay(Stream):
         self.total = 0          # transitions ever added
         self.env_steps = 0
         self.generator = torch.Generator().manual_seed(seed)
+        # rows of the batch that is ready
+        self.index = torch.zeros(config.batch_size * method.batches, dtype=torch.int64, device=device)
+        self.taken = 0
         self.numbers = np.random.default_rng(seed)
         self.start = [int(x) for x in self.numbers.integers(2**31, size=len(copies.envs))]
         self.observation: np.ndarray | None = None  # (copies, S)
         self.episode_return = [0.0] * len(copies.envs)
         self.last_return = float("nan")
 
-    def next(self) -> dict[str, Tensor]:
+    def ready(self, number: int):
         if self.observation is None:
             self._begin(self.config.start_steps)
         for _ in range(self.config.steps_per_update):
             self._act()
-        return self._sample()
+        filled = min(self.total, self.config.capacity)
+        self.index.copy_(torch.randint(filled, self.index.shape, generator=self.generator))
 
     def _begin(self, random_steps: int):
         """The first episodes; `random_steps` uniformly random steps."""
@@ -78,10 +84,9 @@ class Replay(Stream):
             self.rows[(torch.arange(n) + begin) % capacity] = rows.to(self.device)
         self.total += n
 
-    def _sample(self) -> dict[str, Tensor]:
-        filled = min(self.total, self.config.capacity)
-        index = torch.randint(filled, (self.config.batch_size * self.method.batches,), generator=self.generator)
-        return self._columns(self.rows.index_select(0, index.to(self.device)))
+    def take(self) -> dict[str, Tensor]:
+        self.taken += 1
+        return self._columns(self.rows.index_select(0, self.index))
 
     def _columns(self, rows: Tensor) -> dict[str, Tensor]:
         observation, action, reward, terminated, after = rows.split(self.widths, 1)
