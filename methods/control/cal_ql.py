@@ -59,7 +59,7 @@ def returns_to_go(reward: Tensor, terminated: Tensor, start: Tensor, discount: f
     By doubling: after k rounds sum holds 2^k steps, factor what the next 2^k are multiplied with."""
     total = reward.double().clone()
     ends = torch.cat([start[1:] > 0, start.new_ones(1) > 0]) | (terminated > 0)
-    factor = torch.where(ends, 0.0, discount).to(torch.float64)
+    factor = torch.full_like(total, discount).masked_fill_(ends, 0.0)
     step = 1
     while step < len(total):
         total[:-step] = total[:-step] + factor[:-step] * total[step:]
