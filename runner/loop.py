@@ -7,6 +7,7 @@ no world. Between two events (a log line, a checkpoint, …) a step costs one co
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import time
 
@@ -20,6 +21,10 @@ from runner.record import Record
 
 class Preempted(Exception):
     """The run was asked to stop; its state is saved."""
+
+
+class NonFinite(Exception):
+    """A metric of the method is NaN or infinite: the run has diverged, and going on would only spend time."""
 
 
 def rng_state() -> dict:
@@ -201,9 +206,10 @@ class Loop:
         while self.step < s.steps:
             event = self._next_event()
             while self.step < event:
-                metrics = update(stream.next())
+                batch = stream.next()
+                metrics = update(batch)
                 self.step = method.updates = self.step + 1
-            self._at_event(metrics)
+            self._at_event(metrics, batch)
 
     def _next_event(self) -> int:
         """The next step at which the loop has to do more than train."""
@@ -211,12 +217,15 @@ class Loop:
         every = [n for n in (s.log_every, s.eval_every, s.validate_every, s.save_steps) if n]
         return min([step - step % n + n for n in every] + [s.steps])
 
-    def _at_event(self, metrics):
+    def _at_event(self, metrics, batch):
         s, step, last = self.settings, self.step, self.step == self.settings.steps
         line = {}
         if step % s.log_every == 0 or last:
             line.update(self.stream.counters())
             line.update(self._numbers(metrics))
+            wrong = [k for k in metrics if not math.isfinite(line[k])]
+            if wrong:
+                self._diverged(wrong, line, batch)
         if s.validate_every and (step % s.validate_every == 0 or last):
             line.update(self._validate())
         if s.eval_every and step % s.eval_every == 0 and not last:
@@ -231,6 +240,18 @@ class Loop:
         if stop:
             self.save()
             raise Preempted
+
+    def _diverged(self, wrong: list[str], line: dict, batch: dict):
+        """Log the line, leave the batch of this step in the run's folder, and raise NonFinite. Only log lines are looked at:
+        it may have begun up to `log_every` updates earlier."""
+        told = f"non-finite at step {self.step:,}: " + ", ".join(f"{k} = {line[k]}" for k in wrong)
+        self._log({"step": self.step, **{k: v if k not in wrong else None for k, v in line.items()}})
+        if self.record:
+            from safetensors.torch import save_file
+            tensors = {k: v.detach().cpu().contiguous().clone() for k, v in batch.items() if torch.is_tensor(v)}
+            save_file(tensors, self.record.folder / "nonfinite.safetensors", metadata={"step": str(self.step)})
+            told += f"\nits batch: {self.record.folder / 'nonfinite.safetensors'}"
+        raise NonFinite(told)
 
     def _numbers(self, metrics: dict) -> dict[str, float]:
         """Metrics on the host, in one transfer; the mean over ranks."""

@@ -93,6 +93,7 @@ def assemble(job: Job, fabric=None):
     seed = job.config["seed"]
     seed_everything(seed)
     method, world = build(job, device)
+    method.planned = job.config["loop"]["steps"]
     method.setup(world.spec())
     method.to(device)
     if fabric is not None and fabric.world_size > 1:

@@ -1,6 +1,6 @@
 """Continuous control: what every world of this kind shares. A world brings `copies` (the simulator) and a teacher.
 
-Provides `transitions` (play and replay, for online RL) and, where a teacher is at hand, `candidates` (lists of actions
+Provides `transitions` (play and replay, for online RL), `rollouts` (play in order, for on-policy RL) and, where a teacher is at hand, `candidates` (lists of actions
 scored by the teacher on states that it visits, for distillation by preferences).
 
 Gold metric: the undiscounted return of the deterministic policy, mean over `episodes` episodes with fixed start states.
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from envs.control.distillation import Distillation, divergences, ndcg
 from envs.control.replay import Replay
+from envs.control.rollouts import Rollouts
 from runner.interface import Method, Metric, Spec, World, knob
 
 EVALUATION_SEED = 10_000  # start states of evaluations: the same for every method and every seed of a run
@@ -29,6 +30,7 @@ class ControlWorld(World):
         episodes: int = knob(10, "episodes of an evaluation", low=1)
         copies: int = knob(1, "copies of the environment that are stepped in turn while training", low=1)
         steps_per_update: int = knob(1, "steps in every copy per update", low=1)
+        rollout_steps: int = knob(2048, "T: steps in every copy per rollout", low=1, source="PPO, table 3")
         start_steps: int = knob(25_000, "uniformly random steps before the first update", low=0, source="TD3, sec. 6.1")
         capacity: int = knob(1_000_000, "transitions remembered", low=1)
         reward_scale: float = knob(1.0, "factor on rewards that a method learns from; returns are not scaled")
@@ -57,7 +59,8 @@ class ControlWorld(World):
     def __init__(self, config, device="cpu"):
         super().__init__(config, device)
         probe = self.copies(1)
-        self._spec = Spec(observation_size=probe.observation_size, action_size=probe.action_size)
+        self._spec = Spec(observation_size=probe.observation_size, action_size=probe.action_size,
+                          actions=getattr(probe, "actions", None), costs=getattr(probe, "costs", 0))
         probe.close()
         self._distillation: Distillation | None = None
 
@@ -77,6 +80,8 @@ class ControlWorld(World):
         if kind == "candidates":
             self._distillation = self._distil(seed)
             return self._distillation.stream(method, seed)
+        if kind == "rollouts":
+            return Rollouts(self.copies(self.config.copies), method, self.config, seed, self.device)
         return Replay(self.copies(self.config.copies), method, self.config, seed, self.device)
 
     def _distil(self, seed: int) -> Distillation:
@@ -137,12 +142,14 @@ class ControlWorld(World):
         return {"validation_kl": figures["kl_teacher_student"]}
 
     def references(self, seed: int):
-        c, size = self.config, self._spec.action_size
-        generator = torch.Generator().manual_seed(seed)
-        policies = {
-            "random policy": lambda o: torch.rand(len(o), size, generator=generator) * 2 - 1,
-            "all-zero action": lambda o: torch.zeros(len(o), size),
-        }
+        c, size, generator = self.config, self._spec.action_size, torch.Generator().manual_seed(seed)
+        if self._spec.actions:  # numbers: none of them is zero force
+            policies = {"random policy": lambda o: torch.randint(self._spec.actions, (len(o),), generator=generator)}
+        else:
+            policies = {
+                "random policy": lambda o: torch.rand(len(o), size, generator=generator) * 2 - 1,
+                "all-zero action": lambda o: torch.zeros(len(o), size),
+            }
         if self._distillation is not None:
             policies = {"teacher": self._distillation.teacher.mean, **policies}
         return {name: self._summary(self.play(policy, c.episodes, EVALUATION_SEED))
