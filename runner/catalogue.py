@@ -119,20 +119,25 @@ class Catalogue:
         return entries
 
     def fitting(self, methods: list[Entry]) -> list[str]:
-        """Names of the envs that provide everything these methods need."""
-        needs = {n for m in methods for n in m.needs}
-        return [e.name for e in self.all("env") if needs <= set(e.provides)]
+        """Names of the envs that provide a kind of batches that all these methods can learn from."""
+        return [e.name for e in self.all("env") if stream_kind(methods, e)]
 
     def check_pairing(self, methods: list[Entry], env: Entry):
         """Refuse a method on an env that lacks what it needs; say what, and which envs have it."""
-        for method in methods:
-            missing = [n for n in method.needs if n not in env.provides]
-            if missing:
-                fits = self.fitting(methods)
+        for method in [[m] for m in methods] + ([methods] if len(methods) > 1 else []):
+            if not stream_kind(method, env):
+                fits, name = self.fitting(methods), " + ".join(m.name for m in method)
+                common = [n for n in method[0].needs if all(n in m.needs for m in method)]
                 raise UserError(
-                    f"method '{method.name}' does not fit env '{env.name}': it needs {', '.join(missing)}, "
+                    f"method '{name}' does not fit env '{env.name}': it needs {' or '.join(common) or 'no common kind'}, "
                     f"which '{env.name}' does not provide (it provides {', '.join(env.provides) or 'nothing'})\n"
                     + (f"envs that fit: {', '.join(fits)}" if fits else "no env in the catalogue fits"))
+
+
+def stream_kind(methods: list[Entry], env: Entry) -> str | None:
+    """The kind of batches these methods learn from on this env: the first in the methods' `needs` that all of them can
+    use and the env provides."""
+    return next((n for n in methods[0].needs if n in env.provides and all(n in m.needs for m in methods)), None)
 
 
 # ---- reading Python without running it -----------------------------------------------------------------------------

@@ -208,7 +208,7 @@ def _show(words, options) -> int:
     card, knobs = entry.card, catalogue.knobs(entry)
     values = {k.name: k.check(entry.values[k.name], entry.kind) if k.name in entry.values else k.default for k in knobs}
     fits = book.fitting([entry]) if entry.kind == "method" else \
-        [m.name for m in book.all("method") if set(m.needs) <= set(entry.provides)]
+        [m.name for m in book.all("method") if catalogue.stream_kind([m], entry)]
     if options.get("json"):
         print(json.dumps({"name": entry.name, "kind": entry.kind, "family": entry.family, **card,
                           "parts_changed": catalogue.changed_parts(entry) if entry.kind == "method" else [],
@@ -228,7 +228,7 @@ def _show(words, options) -> int:
         if card.get("neutral"):
             print(f"  neutral   {', '.join(f'{k}={v}' for k, v in card['neutral'].items())}  (then it is {card['baseline']}, "
                   "bit for bit)")
-        print(f"  needs     {', '.join(entry.needs)}")
+        print(f"  needs     {' or '.join(entry.needs)}")
         print(f"  envs      {', '.join(fits) or 'none fits yet'}")
     else:
         print(f"  provides  {', '.join(entry.provides)}")

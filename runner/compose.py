@@ -77,9 +77,8 @@ def compose(words: list[str], book: catalogue.Catalogue) -> Job:
 
     size = chosen.get("size", "claim")
     weak = []
-    streams = {n for m in methods for n in m.needs}
-    for stream in sorted(streams & set(env.sizes.get(size, {}))):
-        weak += [f"++{k}={json.dumps(v)}" for k, v in env.sizes[size][stream].items()]
+    kind = catalogue.stream_kind(methods, env)
+    weak += [f"++{k}={json.dumps(v)}" for k, v in env.sizes.get(size, {}).get(kind, {}).items()]
     for entry in methods:
         weak += [f"++{k}={json.dumps(v)}" for k, v in entry.sizes.get(size, {}).items()]
     strong = []

@@ -470,7 +470,7 @@ def _method(m: Entry, view: _View, shown: set[str]) -> str:
     out.append(_terms([("changes", _codes(parts) or "no part: the base algorithm"),
                        ("neutral", f"<code>{text(neutral)}</code>, and it is {_method_link(base, view)} bit for bit"
                         if neutral and base else ""),
-                       ("needs", text(", ".join(m.needs))), ("envs", ", ".join(fits) or "none fits yet")]))
+                       ("needs", text(" or ".join(m.needs))), ("envs", ", ".join(fits) or "none fits yet")]))
     knobs = catalogue.knobs(m)
     rows = []
     for k in knobs:

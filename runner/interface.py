@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from runner.draws import Draws
 from runner.knobs import knob  # noqa: F401  (methods and worlds import it from here)
 
 
@@ -30,6 +31,7 @@ class Spec:
     candidates: int | None = None         # length of a candidate list
     classes: int | None = None
     vocabulary: int | None = None
+    seeds: int | None = None              # seeds trained at once: a leading axis of every tensor; None: no such axis
 
 
 class Metric(NamedTuple):
@@ -51,7 +53,13 @@ class Engine:
 
 
 class Method(nn.Module):
-    """A learning rule. Subclass in methods/<family>/, override the named parts of the family's base algorithm."""
+    """A learning rule. Subclass in methods/<family>/, override the named parts of the family's base algorithm.
+
+    A method that sets `batchable` lets the loop train several seeds at once (hardware.seeds): every tensor then carries a
+    leading axis of seeds, losses and metrics are (seeds,), and code counts axes from the end. One that sets `capturable`
+    lets the loop record updates in a CUDA graph: `update` does the same device work whenever `updates % period` and
+    `stage()` are the same, changes no Python state, and draws its random numbers by `noise`.
+    """
 
     @dataclasses.dataclass(frozen=True)
     class Config:
@@ -59,6 +67,9 @@ class Method(nn.Module):
 
     PARTS: tuple[str, ...] = ()      # the steps of the base algorithm that a method may override
     ADDITIVE: tuple[str, ...] = ()   # those that call super() and add, and therefore combine in `a+b`
+    batchable = False
+    capturable = False
+    period = 1                       # the course of an update depends on its number modulo this (and on stage())
 
     def __init__(self, config):
         super().__init__()
@@ -67,6 +78,7 @@ class Method(nn.Module):
         self.updates = 0             # updates made so far; the loop counts and restores it
         self.planned = 0             # updates that the run will make; 0: not known. For schedules
         self.engine = Engine()
+        self.draws = Draws()         # the loop puts in the run's own
 
     # -- what a method may define
     def setup(self, spec: Spec):
@@ -77,12 +89,17 @@ class Method(nn.Module):
         """Fill `self.optimizers`. Apart from setup, because between the two the loop may shard the networks."""
         raise NotImplementedError(f"{type(self).__name__}.make_optimizers")
 
-    def prepare(self, data: dict[str, Tensor]):
-        """Host work before training on what the stream offers as `data()`: statistics, an index. Runs at every start."""
+    def prepare(self, data: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Host work before training on what the stream offers as `data()`: statistics, an index. Runs at every start.
+        What it returns is handed out instead (Stream.replace): normalised observations, chosen rows, further columns."""
 
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """One step. Returns metrics as device tensors (scalars); never synchronises with the host."""
         raise NotImplementedError(f"{type(self).__name__}.update")
+
+    def stage(self) -> int:
+        """Number of the phase that the next update belongs to, for methods whose work changes in the course of training."""
+        return 0
 
     def act(self, observation: Tensor, explore: bool) -> Tensor:
         """observation (n, observation_size) -> action (n, action_size); the world clips it to [-1, 1]. Where actions
@@ -101,27 +118,56 @@ class Method(nn.Module):
         return dict(self.state_dict()), {"kind": "state_dict"}
 
     # -- what it may use
+    def noise(self, name: str, shape: tuple[int, ...], kind: str = "normal") -> Tensor:
+        """Random numbers of this update (see runner/draws.py): (…seeds, *shape). A name is asked for once an update."""
+        return self.draws(name, tuple(shape), self.updates, kind)
+
     def minimise(self, loss: Tensor, name: str, clip: float = 0.0):
-        """One step of optimiser `name` on `loss`; `clip` > 0 bounds the gradient's norm."""
+        """One step of optimiser `name` on `loss`, () or (seeds,); `clip` > 0 bounds the gradient's norm, of each seed."""
         optimizer = self.optimizers[name]
         parameters = optimizer.param_groups[0]["params"]
         for p in parameters:  # zero_grad() costs more than it does
             p.grad = None
-        self.engine.backward(loss)
+        self.engine.backward(loss.sum() if loss.dim() else loss)
         self.engine.synchronise(parameters)
         if clip > 0:
-            nn.utils.clip_grad_norm_(parameters, clip)
+            if loss.dim():
+                norm = torch.stack([p.grad.flatten(1).square().sum(1) for p in parameters]).sum(0).sqrt()
+                factor = (clip / (norm + 1e-6)).clamp(max=1.0)
+                for p in parameters:
+                    p.grad.mul_(factor.view(-1, *[1] * (p.dim() - 1)))
+            else:
+                nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
 
 
 class Stream:
-    """The batches of a run; the only thing that differs between replay, rollouts, images, prompts and bandits."""
+    """The batches of a run; the only thing that differs between replay, rollouts, images, prompts and bandits.
+
+    Define `next`, or, where a batch is made by device work alone once the host has done its share, `ready` and `take`:
+    then updates can be captured in a CUDA graph, `lookahead` of them at once (1: the host works before every batch).
+    """
+
+    lookahead = 0
 
     def next(self) -> dict[str, Tensor]:
+        self.ready(1)
+        return self.take()
+
+    def ready(self, number: int):
+        """The host's share of the next `number` batches."""
+        raise NotImplementedError
+
+    def take(self) -> dict[str, Tensor]:
+        """The next of the batches made ready; device work only, no state of Python's but `taken`."""
         raise NotImplementedError
 
     def data(self) -> dict[str, Tensor] | None:
         """What a method may look at before training, or None."""
+
+    def replace(self, data: dict[str, Tensor]):
+        """Hand out this instead of `data()` from now on."""
+        raise NotImplementedError(f"{type(self).__name__} has no data to replace")
 
     def counters(self) -> dict[str, int]:
         """Numbers logged with every line, such as env_steps."""

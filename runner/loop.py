@@ -14,6 +14,7 @@ import time
 import numpy as np
 import torch
 
+from runner import capture
 from runner.checkpoint import Checkpoints, Corrupt
 from runner.interface import Engine, Method, Stream, World
 from runner.record import Record
@@ -103,12 +104,16 @@ class FabricEngine(Engine):
 
 class Loop:
     """Trains one method on one stream. `record` is None on ranks above 0 and in unit tests, which may also do without
-    `checkpoints` and `fabric`."""
+    `checkpoints` and `fabric`. With a `stack` (runner/seeds.py) the method holds several seeds; `records` then holds one
+    record for each, of which the first also keeps the state."""
 
     def __init__(self, method: Method, world: World, stream: Stream, settings, *, seed: int, record: Record | None = None,
-                 checkpoints: Checkpoints | None = None, fabric=None, progress=None, loggers=(), stop=None):
+                 checkpoints: Checkpoints | None = None, fabric=None, progress=None, loggers=(), stop=None, stack=None,
+                 records: list[Record] = (), graph: bool = False):
         self.method, self.world, self.stream, self.settings, self.seed = method, world, stream, settings, seed
         self.record, self.fabric, self.progress, self.loggers = record, fabric, progress, loggers
+        self.stack, self.records = stack, list(records) or ([record] if record else [])
+        self.graphs = capture.Graphs(method, stream) if graph else None
         self.stop = stop or (lambda: False)
         self.step = 0
         self.best: dict | None = None       # {"step", "value", "weights"} of the best validation
@@ -131,7 +136,7 @@ class Loop:
             "stream": self.stream.state_dict(),
             "rng": rng_state(),
             "best": self.best,
-            "metrics_size": self.record.metrics_size() if self.record else 0,
+            "metrics_size": [r.metrics_size() for r in self.records],
         }
 
     def load_state(self, state: dict):
@@ -166,12 +171,12 @@ class Loop:
             self.load_state(state)
             self._open_metrics(state["metrics_size"])
             return [*told, f"continuing from step {step}"]
-        self._open_metrics(0)
+        self._open_metrics([0] * len(self.records))
         return [*told, "no usable checkpoint: starting again"] if told else told
 
-    def _open_metrics(self, size: int):
-        if self.record:
-            self.record.open_metrics(size)
+    def _open_metrics(self, sizes: list[int]):
+        for record, size in zip(self.records, sizes):
+            record.open_metrics(size)
 
     def _agree(self, value):
         """Rank 0's value, on every rank: a decision that hangs on the clock or a signal must be one decision."""
@@ -203,12 +208,18 @@ class Loop:
                     return inner(batch)
 
         method.train()
+        batch = None
         while self.step < s.steps:
             event = self._next_event()
-            while self.step < event:
-                batch = stream.next()
-                metrics = update(batch)
-                self.step = method.updates = self.step + 1
+            if self.graphs:
+                while self.step < event:
+                    made, metrics = self.graphs.advance(self.step, event)
+                    self.step = method.updates = self.step + made
+            else:
+                while self.step < event:
+                    batch = stream.next()
+                    metrics = update(batch)
+                    self.step = method.updates = self.step + 1
             self._at_event(metrics, batch)
 
     def _next_event(self) -> int:
@@ -219,20 +230,21 @@ class Loop:
 
     def _at_event(self, metrics, batch):
         s, step, last = self.settings, self.step, self.step == self.settings.steps
-        line = {}
+        lines = [{} for _ in self.stack.seeds] if self.stack else [{}]
         if step % s.log_every == 0 or last:
-            line.update(self.stream.counters())
-            line.update(self._numbers(metrics))
-            wrong = [k for k in metrics if not math.isfinite(line[k])]
-            if wrong:
-                self._diverged(wrong, line, batch)
-        if s.validate_every and (step % s.validate_every == 0 or last):
-            line.update(self._validate())
+            for line, numbers in zip(lines, self._numbers(metrics)):
+                line.update(self.stream.counters())
+                line.update(numbers)
+            wrong = [k for k in metrics if not math.isfinite(lines[0][k])]
+            if wrong and not self.stack:  # one seed of several must not end the others
+                self._diverged(wrong, lines[0], batch)
+        if s.validate_every and (step % s.validate_every == 0 or last) and not self.stack:
+            lines[0].update(self._validate())
         if s.eval_every and step % s.eval_every == 0 and not last:
-            with aside():
-                line.update({f"eval/{k}": v for k, v in self.world.evaluate(self.method, self.seed).items()})
-        if line:
-            self._log({"step": step, **line})
+            for line, figures in zip(lines, self._evaluations()):
+                line.update({f"eval/{k}": v for k, v in figures.items()})
+        if lines[0]:
+            self._log([{"step": step, **line} for line in lines])
         late = bool(s.save_seconds) and time.monotonic() - self.saved > s.save_seconds
         stop, late = self._agree((bool(self.stop()), late))
         if late or s.save_steps and step % s.save_steps == 0:
@@ -241,22 +253,26 @@ class Loop:
             self.save()
             raise Preempted
 
-    def _diverged(self, wrong: list[str], line: dict, batch: dict):
-        """Log the line, leave the batch of this step in the run's folder, and raise NonFinite. Only log lines are looked at:
-        it may have begun up to `log_every` updates earlier."""
+    def _diverged(self, wrong: list[str], line: dict, batch: dict | None):
+        """Log the line, leave the batch of this step (a captured one is not at hand) in the run's folder, raise NonFinite.
+        Only log lines are looked at: it may have begun up to `log_every` updates earlier."""
         told = f"non-finite at step {self.step:,}: " + ", ".join(f"{k} = {line[k]}" for k in wrong)
-        self._log({"step": self.step, **{k: v if k not in wrong else None for k, v in line.items()}})
-        if self.record:
+        self._log([{"step": self.step, **{k: v if k not in wrong else None for k, v in line.items()}}])
+        if self.record and batch is not None:
             from safetensors.torch import save_file
             tensors = {k: v.detach().cpu().contiguous().clone() for k, v in batch.items() if torch.is_tensor(v)}
             save_file(tensors, self.record.folder / "nonfinite.safetensors", metadata={"step": str(self.step)})
-            told += f"\nits batch: {self.record.folder / 'nonfinite.safetensors'}"
+            told += "; its batch lies in nonfinite.safetensors"
         raise NonFinite(told)
 
-    def _numbers(self, metrics: dict) -> dict[str, float]:
-        """Metrics on the host, in one transfer; the mean over ranks."""
+    def _numbers(self, metrics: dict) -> list[dict[str, float]]:
+        """Metrics on the host, in one transfer, of each seed; the mean over ranks."""
+        if self.stack:
+            seeds = len(self.stack.seeds)
+            values = torch.stack([v.detach().float().expand(seeds) for v in metrics.values()])
+            return [dict(zip(metrics, column)) for column in values.T.tolist()]
         values = torch.stack([whole(v.detach()).float().reshape(()) for v in metrics.values()])
-        return self._mean(dict(zip(metrics, values.tolist())))
+        return [self._mean(dict(zip(metrics, values.tolist())))]
 
     def _mean(self, figures: dict[str, float]) -> dict[str, float]:
         """The mean over ranks."""
@@ -276,14 +292,15 @@ class Loop:
                 self.best = {"step": self.step, "value": value, "weights": weights}
         return figures
 
-    def _log(self, line: dict):
-        line = {k: (v if not isinstance(v, float) or v == v else None) for k, v in line.items()}  # NaN is not json
-        if self.record:
-            self.record.log(line)
+    def _log(self, lines: list[dict]):
+        lines = [{k: (v if not isinstance(v, float) or v == v else None) for k, v in line.items()}  # NaN is not json
+                 for line in lines]
+        for record, line in zip(self.records, lines):
+            record.log(line)
         for logger in self.loggers:
-            logger.log(line)
+            logger.log(lines[0])
         if self.progress:
-            self.progress.update(line)
+            self.progress.update(lines[0])
 
     # -- the end
     def select(self):
@@ -293,7 +310,13 @@ class Loop:
             return self.best["step"]
         return self.step
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> list[dict[str, float]]:
+        """Gold metrics of every seed."""
         self.method.eval()
+        return self._evaluations()
+
+    def _evaluations(self) -> list[dict[str, float]]:
         with aside():
-            return self.world.evaluate(self.method, self.seed)
+            if not self.stack:
+                return [self.world.evaluate(self.method, self.seed)]
+            return [self.world.evaluate(self.stack.member(i), seed) for i, seed in enumerate(self.stack.seeds)]

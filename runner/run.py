@@ -66,35 +66,63 @@ def locate(job: Job, force: bool, fork: bool) -> tuple[Path, dict | None]:
 
 def build(job: Job, device):
     """(method, world) on `device`, not yet set up; imports the code."""
+    from runner.interface import make_config
+
+    world_class = catalogue.load_class(job.env)
+    world_values = {k: v for k, v in job.config["env"].items() if k != "name"}
+    return _method(job), world_class(make_config([world_class.Config], world_values), device)
+
+
+def _method(job: Job):
     from runner.interface import compose_class, make_config
 
     classes = [catalogue.load_class(e) for e in job.methods]
-    world_class = catalogue.load_class(job.env)
-    method_values = {k: v for k, v in job.config["method"].items() if k != "name"}
-    world_values = {k: v for k, v in job.config["env"].items() if k != "name"}
-    world = world_class(make_config([world_class.Config], world_values), device)
-    method = compose_class(classes)(make_config([c.Config for c in classes], method_values))
-    return method, world
+    values = {k: v for k, v in job.config["method"].items() if k != "name"}
+    return compose_class(classes)(make_config([c.Config for c in classes], values))
 
 
-def stream_kind(job: Job) -> str:
-    """Which of the world's streams feeds this method: the first of the method's needs."""
-    return next(n for e in job.methods for n in e.needs)
+def seeds_of(job: Job) -> list[int]:
+    """The seeds that this process trains at once."""
+    return list(range(job.config["seed"], job.config["seed"] + job.config["hardware"]["seeds"]))
+
+
+def member_jobs(job: Job) -> list[Job]:
+    """One job for each of the seeds trained at once; the first is `job` itself."""
+    from runner.compose import identity
+
+    configs = [{**job.config, "seed": seed} for seed in seeds_of(job)]
+    return [job, *(job._replace(config=c, id=identity(c)) for c in configs[1:])]
 
 
 def assemble(job: Job, fabric=None):
     """(method, world, stream), set up and seeded: the state before step 0."""
+    return _assemble(job, fabric)[:3]
+
+
+def _assemble(job: Job, fabric=None):
+    """… and the stack of seeds, or None (runner/seeds.py)."""
     import torch
 
+    from runner.draws import Draws
     from runner.loop import seed_everything
 
     rank = fabric.global_rank if fabric else 0
     device = fabric.device if fabric else torch.device("cpu")
-    seed = job.config["seed"]
+    seed, seeds, stack = job.config["seed"], seeds_of(job), None
     seed_everything(seed)
     method, world = build(job, device)
+    if len(seeds) > 1:
+        from runner.seeds import Stack
+
+        if job.config["hardware"]["devices"] != 1 or job.config["loop"]["select"] != "last":
+            raise UserError("hardware.seeds trains on one device and keeps the last weights: it does not go with "
+                            "hardware.devices or loop.select=best")
+        stack = Stack(lambda: _method(job), world.spec(), seeds)
+        method = stack.method
+        seed_everything(seed)
+    else:
+        method.setup(world.spec())
     method.planned = job.config["loop"]["steps"]
-    method.setup(world.spec())
     method.to(device)
     if fabric is not None and fabric.world_size > 1:
         from runner.parallel import share
@@ -102,14 +130,18 @@ def assemble(job: Job, fabric=None):
     method.make_optimizers()
     if rank:
         seed_everything(seed + 7919 * rank)  # every rank sees its own data and noise
-    stream = world.stream(method, stream_kind(job), seed + 7919 * rank)
+    own = seeds if stack else seed + 7919 * rank
+    method.draws = Draws(own, device)
+    stream = world.stream(method, catalogue.stream_kind(job.methods, job.env), own)
     data = stream.data()
     if data is not None:
-        method.prepare(data)
+        replaced = method.prepare(data)
+        if replaced is not None:
+            stream.replace(replaced)
         if fabric is not None and fabric.world_size > 1:  # rank 0's statistics for all
             for buffer in method.buffers():
                 buffer.copy_(fabric.broadcast(buffer, 0))
-    return method, world, stream
+    return method, world, stream, stack
 
 
 def execute(job: Job, *, force=False, fork=False, quiet=False, command="", fabric=None) -> dict:
@@ -120,6 +152,8 @@ def execute(job: Job, *, force=False, fork=False, quiet=False, command="", fabri
     folder, run = fabric.broadcast(found, 0) if several else found  # one decision, rank 0's
     if run is not None and run["status"] == "done":
         return {**run, "folder": str(folder), "already": True} if rank == 0 else {}
+    if rank == 0:
+        _check_members(job)
     records.require_space(folder)
     os.environ.setdefault("OMP_NUM_THREADS", str(job.config["hardware"]["threads"]))
     import torch
@@ -130,7 +164,7 @@ def execute(job: Job, *, force=False, fork=False, quiet=False, command="", fabri
     if fabric is None:
         fabric = make_fabric(job.config["hardware"])
     try:
-        method, world, stream = assemble(job, fabric)
+        parts = _assemble(job, fabric)
     except UserError:
         raise
     except Exception as error:  # in the code of a method or a world
@@ -148,10 +182,21 @@ def execute(job: Job, *, force=False, fork=False, quiet=False, command="", fabri
         lock = Lock(folder).acquire()
     fabric.barrier()
     try:
-        return _train(job, folder, fabric, method, world, stream, quiet, command, began)
+        return _train(job, folder, fabric, *parts, quiet, command, began)
     finally:
         if rank == 0:
             lock.release()
+
+
+def _check_members(job: Job):
+    """Seeds trained together end together: refuse a batch of seeds that overlaps with another of the same length."""
+    first = job.config["seed"]
+    for member in member_jobs(job)[1:] if job.config["hardware"]["seeds"] > 1 else []:
+        run = Record(folder_of(member)).read() or {}
+        if run.get("batch", {}).get("first", first) != first or run.get("status") == "done":
+            raise UserError(f"seed {member.config['seed']} has been trained in another batch of {len(seeds_of(job))} seeds, "
+                            f"which began with seed {run.get('batch', {}).get('first')}: {folder_of(member)}\n"
+                            "choose seeds that do not overlap, or another hardware.seeds")
 
 
 def make_fabric(hardware: dict):
@@ -171,37 +216,53 @@ def make_fabric(hardware: dict):
     return fabric
 
 
-def _train(job, folder, fabric, method, world, stream, quiet, command, began) -> dict:
+def _train(job, folder, fabric, method, world, stream, stack, quiet, command, began) -> dict:
+    from runner import capture
     from runner.checkpoint import Checkpoints
     from runner.loggers import make_loggers
     from runner.loop import Loop, Preempted, whole
     from runner.progress import make_progress
+    from runner.settings import Hardware as HardwareSettings
     from runner.settings import Loop as LoopSettings
 
     rank, settings = fabric.global_rank, LoopSettings(**job.config["loop"])
+    hardware = HardwareSettings(**job.config["hardware"])
     record = Record(folder) if rank == 0 else None
+    jobs = member_jobs(job)
+    every = [record, *(Record(folder_of(j)) for j in jobs[1:])] if record else []  # one record a seed
+    graph = capture.possible(method, stream, fabric.device, hardware) and fabric.world_size == 1 \
+        and hardware.precision == "32-true"
     own = folder / "checkpoints" if rank == 0 else folder / "checkpoints" / f"rank{rank}"
     previous = (record.read() or {}) if record else {}
     stop = Stop()
     progress = make_progress(job, settings.steps, quiet) if record else None
     loop = Loop(method, world, stream, settings, seed=job.config["seed"], record=record,
-                checkpoints=Checkpoints(own, settings.keep), fabric=fabric, progress=progress, stop=stop)
+                checkpoints=Checkpoints(own, settings.keep), fabric=fabric, progress=progress, stop=stop, stack=stack,
+                records=every, graph=graph)
+
+    def note(what, **more):
+        for one in every:
+            one.event(what, **more)
+
     if record:
         (folder / "traceback.txt").unlink(missing_ok=True)  # of an earlier attempt
-        record.write(id=job.id, name=folder.name, status="running", error=None, config=job.config,
-                     seed=job.config["seed"], command=command or previous.get("command", ""), versions=records.versions(),
-                     **records.commit(catalogue.ROOT), device=str(fabric.device), world_size=fabric.world_size,
-                     started=previous.get("started", records.now()), attempts=previous.get("attempts", 0) + 1)
+        shared = {"status": "running", "error": None, "command": command or previous.get("command", ""),
+                  "versions": records.versions(), **records.commit(catalogue.ROOT), "device": str(fabric.device),
+                  "world_size": fabric.world_size, "graph": graph, "started": previous.get("started", records.now()),
+                  "attempts": previous.get("attempts", 0) + 1}
+        if stack:
+            shared["batch"] = {"first": job.config["seed"], "seeds": len(jobs), "state": folder.name}
+        for one, member in zip(every, jobs):
+            one.folder.mkdir(parents=True, exist_ok=True)
+            one.write(id=member.id, name=one.folder.name, config=member.config, seed=member.config["seed"], **shared)
     spent = previous.get("seconds", 0.0)
     try:
         with stop:
             for told in loop.resume():
                 (progress or _Silent).say(told)
-                if record:
-                    record.event("resumed", told=told)
+                note("resumed", told=told)
             loop.loggers = make_loggers(job, folder) if record else []
-            if record:
-                record.event("started", step=loop.step, pid=os.getpid())
+            note("started", step=loop.step, pid=os.getpid())
             if progress:
                 progress.start(loop.step)
             try:
@@ -217,16 +278,17 @@ def _train(job, folder, fabric, method, world, stream, quiet, command, began) ->
         weights = whole(dict(method.state_dict()))  # every rank takes part
         if record is None:
             return {}
-        _save_weights(weights, folder, job, chosen)
-        record.event("done", step=loop.step)
-        out = record.write(status="done", step=loop.step, evaluated_step=chosen, metrics=final, references=references,
-                           metric_meaning={k: list(m) for k, m in world.metrics.items() if k in final},
-                           finished=records.now(), seconds=spent + time.monotonic() - began)
+        for i in reversed(range(len(every))):  # the first last: it is the one that says that all are done
+            _save_weights(stack.slice(weights, i) if stack else weights, every[i].folder, jobs[i], chosen)
+            every[i].event("done", step=loop.step)
+            out = every[i].write(status="done", step=loop.step, evaluated_step=chosen, metrics=final[i],
+                                 references=references, finished=records.now(), seconds=spent + time.monotonic() - began,
+                                 metric_meaning={k: list(m) for k, m in world.metrics.items() if k in final[i]})
         return {**out, "folder": str(folder)}
     except Preempted:
-        if record:
-            record.event("preempted", step=loop.step, signal=stop.signal)
-            record.write(status="preempted", step=loop.step, seconds=spent + time.monotonic() - began)
+        note("preempted", step=loop.step, signal=stop.signal)
+        for one in every:
+            one.write(status="preempted", step=loop.step, seconds=spent + time.monotonic() - began)
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # no traceback could be written
@@ -234,13 +296,13 @@ def _train(job, folder, fabric, method, world, stream, quiet, command, began) ->
                             "make room, and the same command continues from the last checkpoint") from None
         if record is None:  # rank 0 tells; the others' tracebacks say the same
             raise Failed(f"rank {rank}: {type(error).__name__}: {error}") from error
-        failed = _failed(record, error, step=loop.step, seconds=spent + time.monotonic() - began)
+        failed = [_failed(one, error, step=loop.step, seconds=spent + time.monotonic() - began) for one in every][0]
         if isinstance(error, UserError):
             raise
         raise failed from error
     finally:
-        if record:
-            record.close()
+        for one in every:
+            one.close()
 
 
 def _failed(record: Record, error: Exception, **more) -> Failed:
@@ -328,6 +390,7 @@ def load_run(folder: Path, book, overrides: list[str] = ()):
             words += [f"env.{k}={json.dumps(v)}" for k, v in job.config["env"].items() if k != "name"]
         job = compose([*words, *(w for w in overrides if w.startswith("env."))], book)
         job.config["method"], job.config["seed"] = run["config"]["method"], run["config"]["seed"]
+    job.config["hardware"] = {**job.config["hardware"], "seeds": 1}
     torch.set_num_threads(job.config["hardware"]["threads"])
     method, world, _ = assemble(job)
     try:

@@ -27,6 +27,8 @@ class Hardware:
     strategy: str = knob("auto", "how several devices share a run", choices=["auto", "ddp", "fsdp"])
     precision: str = knob("32-true", "arithmetic of the networks: float32, or bfloat16 products under float32 weights",
                           choices=["32-true", "bf16-mixed"])
+    seeds: int = knob(1, "seeds trained at once in this process, from `seed` on; each leaves a run of its own", low=1)
+    graph: bool = knob(True, "record updates in CUDA graphs where GPU, method and batches allow it")
     threads: int = knob(1, "CPU threads of a process; 1 is 3 to 5 times faster than 2 for small nets", low=1)
 
 

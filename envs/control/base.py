@@ -1,7 +1,7 @@
 """Continuous control: what every world of this kind shares. A world brings `copies` (the simulator) and a teacher.
 
-Provides `transitions` (play and replay, for online RL), `rollouts` (play in order, for on-policy RL) and, where a teacher is at hand, `candidates` (lists of actions
-scored by the teacher on states that it visits, for distillation by preferences).
+Provides `transitions` (play and replay, for online RL), `rollouts` (play in order, for on-policy RL) and, where a teacher is
+at hand, `candidates` (lists of actions scored by the teacher on states that it visits, for distillation by preferences).
 
 Gold metric: the undiscounted return of the deterministic policy, mean over `episodes` episodes with fixed start states.
 Beside it always stand the returns of a uniformly random policy and of the all-zero action: a policy below them has
@@ -19,6 +19,8 @@ from torch import Tensor
 from envs.control.distillation import Distillation, divergences, ndcg
 from envs.control.replay import Replay
 from envs.control.rollouts import Rollouts
+from envs.control.stored import Stored
+from runner.errors import UserError
 from runner.interface import Method, Metric, Spec, World, knob
 
 EVALUATION_SEED = 10_000  # start states of evaluations: the same for every method and every seed of a run
@@ -76,13 +78,26 @@ class ControlWorld(World):
     def spec(self):
         return self._spec
 
-    def stream(self, method: Method, kind: str, seed: int):
+    def columns(self) -> dict[str, Tensor]:
+        """The data set: observation (N, S), action (N, A), reward, terminated (N,), next_observation (N, S), and start
+        (N,), true where an episode begins. Rewards are as the environment gave them."""
+        raise NotImplementedError
+
+    def stream(self, method: Method, kind: str, seed: int | list[int]):
+        c = self.config
+        if kind == "offline":
+            columns = self.columns()
+            columns["reward"] = columns["reward"] * c.reward_scale
+            return Stored(columns, c.batch_size, seed, self.device)
+        if isinstance(seed, list):
+            raise UserError(f"batches of kind '{kind}' are made for one seed at a time: hardware.seeds goes with stored data\n"
+                            "sweep over seeds instead: -m seed=0,1,…")
         if kind == "candidates":
             self._distillation = self._distil(seed)
             return self._distillation.stream(method, seed)
         if kind == "rollouts":
-            return Rollouts(self.copies(self.config.copies), method, self.config, seed, self.device)
-        return Replay(self.copies(self.config.copies), method, self.config, seed, self.device)
+            return Rollouts(self.copies(c.copies), method, c, seed, self.device)
+        return Replay(self.copies(c.copies), method, c, seed, self.device)
 
     def _distil(self, seed: int) -> Distillation:
         """The teacher's states: `teacher_episodes` noisy episodes, each from its own start state."""

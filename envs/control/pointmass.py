@@ -39,13 +39,15 @@ class PointMassCopies:
         self.steps[index] = 0
         return self.state[index].copy()
 
+    def dynamics(self, state: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """state (…, 6), action (…, 3) in [-1, 1] -> next state, reward (…,)"""
+        p, v = state[..., :3], state[..., 3:]
+        reward = -((p * p).sum(-1) + 0.1 * (v * v).sum(-1) + 0.01 * (action * action).sum(-1))
+        v = np.clip(v + 0.1 * (3 * action + self.gravity * np.sin(p) - self.drag * v), -20, 20)
+        return np.concatenate([np.clip(p + 0.1 * v, -20, 20), v], -1), reward
+
     def step(self, index, action):
-        a = np.clip(np.asarray(action, dtype=np.float64), -1, 1)
-        p, v = self.state[index, :3], self.state[index, 3:]
-        reward = -(p @ p + 0.1 * (v @ v) + 0.01 * (a @ a))
-        v = np.clip(v + 0.1 * (3 * a + self.gravity * np.sin(p) - self.drag * v), -20, 20)
-        p = np.clip(p + 0.1 * v, -20, 20)
-        self.state[index] = np.concatenate([p, v])
+        self.state[index], reward = self.dynamics(self.state[index], np.clip(np.asarray(action, dtype=np.float64), -1, 1))
         self.steps[index] += 1
         return self.state[index].copy(), float(reward), False, self.steps[index] >= HORIZON
 

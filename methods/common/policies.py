@@ -5,11 +5,50 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.common.networks import mlp
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+
+
+class TanhGaussian(nn.Module):
+    """a = tanh(z), z ~ N(m(s), exp(l(s))^2); l = low + (high - low)/2 (tanh(raw) + 1), as SAC's authors bound it.
+
+    log pi(a|s) = log N(z) - sum_j 2 (log 2 - z_j - softplus(-2 z_j)): the exact log(1 - tanh^2 z), without an epsilon.
+    """
+
+    def __init__(self, observation_size, action_size, hidden, bounds=(-5.0, 2.0), seeds=None, layer_norm=False):
+        super().__init__()
+        self.net = mlp(observation_size, hidden, 2 * action_size, seeds=seeds, layer_norm=layer_norm)
+        self.bounds = bounds
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """(…, B, S) -> mean of z, log standard deviation of z, (…, B, A) each"""
+        mean, raw = self.net(observation).chunk(2, -1)
+        low, high = self.bounds
+        return mean, low + 0.5 * (high - low) * (raw.tanh() + 1)
+
+    def sample(self, observation: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """noise (…, B, A), standard normal -> action (…, B, A), log-probability (…, B); both carry gradient."""
+        mean, log_std = self(observation)
+        z = torch.addcmul(mean, log_std.exp(), noise)
+        return z.tanh(), self._log_prob(z, noise, log_std)
+
+    def log_prob(self, observation: Tensor, action: Tensor) -> Tensor:
+        """Of given actions (…, B, A); they are clipped to 1e-5 inside the bounds first. -> (…, B)"""
+        mean, log_std = self(observation)
+        z = action.clamp(-1 + 1e-5, 1 - 1e-5).atanh()
+        return self._log_prob(z, (z - mean) * (-log_std).exp(), log_std)
+
+    @staticmethod
+    def _log_prob(z, noise, log_std):
+        gaussian = -0.5 * noise.square() - log_std - LOG_SQRT_2PI
+        return (gaussian - 2 * (math.log(2) - z - F.softplus(-2 * z))).sum(-1)
+
+    def mode(self, observation: Tensor) -> Tensor:
+        return self(observation)[0].tanh()
 
 
 class GaussianPolicy(nn.Module):

@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
-
+from methods.control.base import Sample
 from methods.control.ddpg import DDPG
 from runner.interface import knob
 
@@ -36,9 +35,9 @@ class TD3(DDPG):
         target_noise_clip: float = knob(0.5, "bound of that noise", low=0.0, source="paper, sec. 5.3")
 
     def next_action(self, batch):
-        action = super().next_action(batch)
+        action = super().next_action(batch).action
         c = self.config
         if c.target_noise > 0:  # at 0 nothing is drawn, so that neutral knobs are DDPG to the bit
-            noise = torch.randn_like(action).mul_(c.target_noise).clamp_(-c.target_noise_clip, c.target_noise_clip)
-            action = (action + noise).clamp_(-1, 1)
-        return action
+            noise = self.noise("target", action.shape[-2:]) * c.target_noise
+            action = (action + noise.clamp_(-c.target_noise_clip, c.target_noise_clip)).clamp_(-1, 1)
+        return Sample(action)

@@ -14,15 +14,15 @@ METHODS = BOOK.names("method")
 
 def smallest(name: str) -> str:
     fits = BOOK.fitting(BOOK.methods(name))
-    return next((e for e in ("pointmass", "pendulum") if e in fits), fits[0])
+    return next((e for e in ("pointmass", "pointmass_medium", "pendulum") if e in fits), fits[0])
 
 
-def words_for(name: str, *overrides: str) -> list[str]:
-    return [f"method={name}", f"env={smallest(name)}", "size=smoke", "logger=none", *overrides]
+def words_for(name: str, *overrides: str, env: str = "") -> list[str]:
+    return [f"method={name}", f"env={env or smallest(name)}", "size=smoke", "logger=none", *overrides]
 
 
-def assembled(name: str, *overrides: str, book=BOOK):
-    return assemble(compose(words_for(name, *overrides), book))
+def assembled(name: str, *overrides: str, book=BOOK, env: str = ""):
+    return assemble(compose(words_for(name, *overrides, env=env), book))
 
 
 def train(method, stream, updates: int) -> list[dict]:
