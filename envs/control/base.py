@@ -112,27 +112,34 @@ class ControlWorld(World):
         return Distillation(states.to(self.device), teacher, c, generator)
 
     # -- playing
-    def play(self, policy, episodes: int, seed: int) -> dict[str, Tensor]:
-        """Whole episodes, side by side. policy: observation (n, S) -> action (n, A), clipped before it is sent."""
-        copies = self.copies(episodes)
+    def play(self, policy, episodes: int, seed: int, copies=None) -> dict:
+        """Whole episodes, side by side, in the world's own copies or in others. policy: observation (n, S) -> action (n, A),
+        clipped before it is sent, or (n,). Returns returns, lengths (episodes,), observations and actions (steps, …), and
+        `told`: sums over each episode of what the copies tell about steps beside the reward (their `told`)."""
+        copies = copies or self.copies(episodes)
         observation = np.stack([copies.reset(i, seed + i) for i in range(episodes)])
         returns, lengths = np.zeros(episodes), np.zeros(episodes)
-        alive, seen = list(range(episodes)), []
+        alive, seen, chosen = list(range(episodes)), [], []
+        told = {k: np.zeros(episodes) for k in getattr(copies, "told", {})}
         while alive:
             now = torch.from_numpy(observation[alive]).to(self.device, torch.float32)
             seen.append(now)
             actions = policy(now).cpu().numpy()
+            chosen.append(torch.from_numpy(actions))
             still = []
             for action, i in zip(actions, alive):
                 observation[i], reward, terminated, truncated = copies.step(i, action)
                 returns[i] += reward
                 lengths[i] += 1
+                for name, sums in told.items():
+                    sums[i] += copies.told[name][i]
                 if not (terminated or truncated):
                     still.append(i)
             alive = still
         copies.close()
         return {"returns": torch.from_numpy(returns), "lengths": torch.from_numpy(lengths),
-                "observations": torch.cat(seen)}
+                "observations": torch.cat(seen), "actions": torch.cat(chosen),
+                "told": {k: torch.from_numpy(v) for k, v in told.items()}}
 
     def _summary(self, played) -> dict[str, float]:
         returns = played["returns"]

@@ -59,7 +59,7 @@ class Player:
                 rows["terminated"][t, i], rows["ended"][t, i] = terminated, terminated or truncated
                 self.episode[0, i] += reward
                 if costs:
-                    rows["cost"][t, i] = copies.cost[i]
+                    rows["cost"][t, i] = copies.cost[i]  # (C,), of this step
                     self.episode[1, i] += copies.cost[i].sum()
                 if terminated or truncated:
                     self.last, self.episode[:, i] = self.episode[:, i].tolist(), 0.0
@@ -82,7 +82,7 @@ class Player:
 
 
 class Rollouts(Stream):
-    """`reference`: a policy with act(observation) and probability(observation) that plays beside the method's, in copies of
+    """`reference`: a policy with act(observation), probability(observation) and its own `generator` that plays beside the method's, in copies of
     its own (`reference_copies`). `columns`: what data() offers, such as the log that a simulator was built from."""
 
     def __init__(self, copies, method: Method, config, seed: int, device, reference=None, reference_copies=None, columns=None):
@@ -108,9 +108,11 @@ class Rollouts(Stream):
         return told | ({"train_cost": self.player.last[1]} if getattr(self.player.copies, "costs", 0) else {})
 
     def state_dict(self):
-        return {"player": self.player.state_dict(), "other": self.other.state_dict() if self.other else None}
+        return {"player": self.player.state_dict(), "other": self.other.state_dict() if self.other else None,
+                "reference": self.reference.generator.get_state() if self.other else None}
 
     def load_state_dict(self, state):
         self.player.load_state_dict(state["player"])
         if self.other is not None:
             self.other.load_state_dict(state["other"])
+            self.reference.generator.set_state(state["reference"])

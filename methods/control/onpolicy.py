@@ -34,7 +34,6 @@ from torch import Tensor
 
 from methods.common.networks import describe_mlp, mlp
 from methods.control.stochastic import Categorical, Gaussian, Running, orthogonal
-from runner.errors import UserError
 from runner.interface import Method, Spec, knob
 
 
@@ -66,7 +65,7 @@ class OnPolicy(Method):
         learning_rate: float = knob(3e-4, "Adam's", low=0.0)
         anneal: bool = knob(True, "learning rate falls linearly to 0 over the run")
         epochs: int = knob(10, "passes over each rollout", low=1)
-        minibatches: int = knob(32, "parts of a pass", low=1)
+        minibatches: int = knob(32, "parts of a pass; fewer where they would hold less than two rows", low=1)
         discount: float = knob(0.99, "gamma", low=0.0, high=1.0)
         trace: float = knob(0.95, "lambda of GAE", low=0.0, high=1.0)
         entropy_weight: float = knob(0.0, "c_e: weight of the mean entropy", low=0.0)
@@ -113,9 +112,6 @@ class OnPolicy(Method):
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch: see envs/control/rollouts.py; observation (T, n, S)."""
         c = self.config
-        if batch["reward"].numel() < 2 * c.minibatches:
-            raise UserError(f"a rollout of {batch['reward'].numel()} steps cannot be cut into method.minibatches={c.minibatches} "
-                            "parts of two or more\ngive fewer, or more env.rollout_steps or env.copies")
         if c.anneal and self.planned:
             for optimizer in self.optimizers.values():
                 for group in optimizer.param_groups:
@@ -224,9 +220,10 @@ class OnPolicy(Method):
     # -- helpers of the parts
     def minibatches(self, data):
         """`epochs` times all N rows in new orders, in parts of nearly the same size."""
+        parts = max(1, min(self.config.minibatches, len(data["value"]) // 2))
         for _ in range(self.config.epochs):
             order = torch.randperm(len(data["value"]), device=data["value"].device)
-            for rows in order.tensor_split(self.config.minibatches):
+            for rows in order.tensor_split(parts):
                 yield {k: v[rows] for k, v in data.items()}
 
     def fit_cost_value(self, mini):

@@ -4,15 +4,15 @@ One natural-gradient step an iteration in place of Adam's many (part optimise):
 
     step      x = -sqrt(2 delta / g^T H^-1 g) H^-1 g,  H = Hessian of mean KL(pi_old || pi) + damping I, by `cg_steps` of
               conjugate gradients                                                              (part step)
-    search    theta + shrink^i x, i = 0 … : the first with a smaller loss and KL <= delta       (part accepted)
+    search    theta + 0.8^i x, i = 0 … 14: the first with a smaller loss and KL <= delta       (part accepted)
 
 | symbol | name |
 |---|---|
 | delta | max_kl |
 | g | gradient of the policy's loss over the whole rollout |
 
-The values are fitted by Adam as in the base, at `value_learning_rate`. max_kl = 0 means no trust region: the base's own
-optimisation. Differences from the official code (joschu/modular_rl): GAE, normalised observations and rewards, shrink 0.8
+The values are fitted by Adam as in the base. max_kl = 0 means no trust region: the base's own
+optimisation. Differences from the official code (joschu/modular_rl): GAE, normalised observations and rewards, a factor of 0.8
 instead of 0.5, and no required share of the predicted improvement in the search.
 """
 
@@ -34,21 +34,18 @@ class TRPO(A2C):
         max_kl: float = knob(0.01, "delta: bound of the mean KL of a step; 0: no trust region", low=0.0, source="paper, app. E")
         damping: float = knob(0.1, "added to the diagonal of H", low=0.0, source="joschu/modular_rl")
         cg_steps: int = knob(10, "steps of conjugate gradients", low=1, source="paper, app. C")
-        shrink: float = knob(0.8, "factor between two trials of the search", low=0.01, high=0.99)
-        trials: int = knob(15, "trials of the search; if none is accepted the policy stays", low=1)
-        value_learning_rate: float = knob(1e-3, "Adam's, for the values", low=0.0)
+        learning_rate: float = knob(1e-3, "Adam's, for the values", low=0.0)
 
     PARTS = ("reward_transform", "costs", "advantage", "objective", "policy_loss", "penalty", "value_loss", "optimise",
              "step", "accepted")
+    SHRINK, TRIALS = 0.8, 15  # of the search; if no trial is accepted the policy stays
 
     def make_optimizers(self):
         super().make_optimizers()
         if self.config.max_kl > 0:
-            adam = {"lr": self.config.value_learning_rate, "eps": 1e-5, "fused": True}
+            adam = {"lr": self.config.learning_rate, "eps": 1e-5, "fused": True}
             del self.optimizers["networks"]
             self.optimizers["value"] = torch.optim.Adam(self.value.parameters(), **adam)
-            if self.constrained:
-                self.optimizers["cost_value"] = torch.optim.Adam(self.cost_value.parameters(), **adam)
 
     def optimise(self, data):
         c = self.config
@@ -59,7 +56,7 @@ class TRPO(A2C):
         metrics = self.natural_step(data)
         for mini in self.minibatches(data):
             loss = self.value_loss(mini, self.value(mini["seen"]).squeeze(-1))
-            self.minimise(loss, "value", c.gradient_norm)
+            self.minimise(c.value_weight * loss, "value", c.gradient_norm)
             self.fit_cost_value(mini)
         return {**metrics, "value_loss": loss.detach()}
 
@@ -77,12 +74,12 @@ class TRPO(A2C):
         begin, first = flat(parameters).detach(), self.figures(data, loss, ratio, kl)
         size, told = 1.0, first
         with torch.no_grad():
-            for _ in range(self.config.trials):  # each trial waits for its figures: a search cannot do without
+            for _ in range(self.TRIALS):  # each trial waits for its figures: a search cannot do without
                 put(parameters, begin + size * step)
                 told = self.figures(data, *self.losses(data, old))
                 if self.accepted(first, told):
                     break
-                size *= self.config.shrink
+                size *= self.SHRINK
             else:
                 put(parameters, begin)
                 size, told = 0.0, first
