@@ -82,8 +82,8 @@ class Player:
 
 
 class Rollouts(Stream):
-    """`reference`: a policy with act(observation), probability(observation) and its own `generator` that plays beside the method's, in copies of
-    its own (`reference_copies`). `columns`: what data() offers, such as the log that a simulator was built from."""
+    """`reference`: a policy with act(observation), probability(observation) and its own `generator` that plays beside the
+    method's, in copies of its own (`reference_copies`). `columns`: what data() offers, such as a simulator's log."""
 
     def __init__(self, copies, method: Method, config, seed: int, device, reference=None, reference_copies=None, columns=None):
         self.method, self.reference, self.columns = method, reference, columns
