@@ -157,8 +157,21 @@ class Class(NamedTuple):
     def constant(self, name: str):
         for n in self.node.body:
             if isinstance(n, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in n.targets):
-                return ast.literal_eval(n.value)
+                if not isinstance(n.value, ast.Tuple):
+                    return ast.literal_eval(n.value)
+                out = []
+                for e in n.value.elts:
+                    if isinstance(e, ast.Starred) and isinstance(e.value, ast.Attribute):  # (*Base.PARTS, "one_more")
+                        out += inherited(_find(self.path, e.value.value.id), e.value.attr)
+                    else:
+                        out.append(ast.literal_eval(e))
+                return tuple(out)
         return None
+
+
+def inherited(cls: Class, name: str) -> tuple:
+    """A constant of a class, or of the nearest of its bases that has it."""
+    return next((v for c in lineage(cls) if (v := c.constant(name)) is not None), ())
 
 
 @functools.cache
@@ -248,10 +261,8 @@ def _knob(line: ast.AnnAssign, path: Path) -> Knob:
 
 def parts(entry: Entry) -> tuple[list[str], list[str]]:
     """(all named parts of the family's base algorithm, those of them that add up over composed methods)."""
-    for cls in lineage(main_class(entry.source)):
-        if cls.constant("PARTS"):
-            return list(cls.constant("PARTS")), list(cls.constant("ADDITIVE") or ())
-    return [], []
+    cls = main_class(entry.source)
+    return list(inherited(cls, "PARTS")), list(inherited(cls, "ADDITIVE"))
 
 
 def changed_parts(entry: Entry) -> list[str]:

@@ -124,21 +124,30 @@ class Method(nn.Module):
 
     def minimise(self, loss: Tensor, name: str, clip: float = 0.0):
         """One step of optimiser `name` on `loss`, () or (seeds,); `clip` > 0 bounds the gradient's norm, of each seed."""
-        optimizer = self.optimizers[name]
-        parameters = optimizer.param_groups[0]["params"]
+        parameters = self.optimizers[name].param_groups[0]["params"]
         for p in parameters:  # zero_grad() costs more than it does
             p.grad = None
         self.engine.backward(loss.sum() if loss.dim() else loss)
+        self._step(name, parameters, clip, bool(loss.dim()))
+
+    def descend(self, gradients: list[Tensor], name: str):
+        """One step of optimiser `name` along given gradients, one for each of its parameters."""
+        parameters = self.optimizers[name].param_groups[0]["params"]
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient
+        self._step(name, parameters, 0.0, False)
+
+    def _step(self, name, parameters, clip, several):
         self.engine.synchronise(parameters)
         if clip > 0:
-            if loss.dim():
+            if several:
                 norm = torch.stack([p.grad.flatten(1).square().sum(1) for p in parameters]).sum(0).sqrt()
                 factor = (clip / (norm + 1e-6)).clamp(max=1.0)
                 for p in parameters:
                     p.grad.mul_(factor.view(-1, *[1] * (p.dim() - 1)))
             else:
                 nn.utils.clip_grad_norm_(parameters, clip)
-        optimizer.step()
+        self.optimizers[name].step()
 
 
 class Stream:

@@ -128,8 +128,8 @@ def _assemble(job: Job, fabric=None):
         from runner.parallel import share
         share(method, fabric, job.config["hardware"]["strategy"])
     method.make_optimizers()
-    if rank:
-        seed_everything(seed + 7919 * rank)  # every rank sees its own data and noise
+    # Anew, so that exploration does not depend on how many networks were built; every rank sees its own data and noise.
+    seed_everything(seed + 7919 * rank)
     own = seeds if stack else seed + 7919 * rank
     method.draws = Draws(own, device)
     stream = world.stream(method, catalogue.stream_kind(job.methods, job.env), own)

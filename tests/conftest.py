@@ -102,8 +102,8 @@ PENALTY = '''\
 '''
 
 ACTOR_PENALTY = '''\
-    def actor_penalty(self, batch, action):
-        penalty, own = super().actor_penalty(batch, action), self.config.{knob} * action.square().mean()
+    def actor_penalty(self, batch, sample):
+        penalty, own = super().actor_penalty(batch, sample), self.config.{knob} * sample.action.square().mean()
         return own if penalty is None else penalty + own
 '''
 

@@ -113,20 +113,18 @@ class EnsembleLayerNorm(nn.Module):
         return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:]), weight)
 
 
-class Critics(nn.Module):
-    """An ensemble of Q(s, a) with ReLU layers; also returns the penultimate features, which critic penalties need."""
+class Ensemble(nn.Module):
+    """`members` independent networks with ReLU layers and one output each; also returns the penultimate features."""
 
-    def __init__(self, members: int, observation_size: int, action_size: int, hidden: tuple[int, ...],
-                 seeds: int | None = None, layer_norm: bool = False):
+    def __init__(self, members: int, inputs: int, hidden: tuple[int, ...], seeds: int | None = None, layer_norm: bool = False):
         super().__init__()
-        sizes = [observation_size + action_size, *hidden, 1]
+        sizes = [inputs, *hidden, 1]
         self.members = members
         self.layers = nn.ModuleList(EnsembleLinear(members, a, b, seeds) for a, b in zip(sizes[:-1], sizes[1:]))
         self.norms = nn.ModuleList(EnsembleLayerNorm(members, h, seeds) for h in hidden) if layer_norm else None
 
-    def forward(self, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """(…seeds, batch, …) twice -> values (…seeds, members, batch), features (…seeds, members, batch, hidden[-1])."""
-        x = torch.cat([observation, action], -1)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(…seeds, batch, inputs) -> values (…seeds, members, batch), features (…seeds, members, batch, hidden[-1])."""
         x = x.expand(self.members, -1, -1) if x.dim() == 2 else x.unsqueeze(1).expand(-1, self.members, -1, -1)
         *hidden, last = self.layers  # a slice would build a ModuleList every time
         if self.norms is None:
@@ -137,17 +135,32 @@ class Critics(nn.Module):
                 x = F.relu(norm(layer(x)))
         return last(x).squeeze(-1), x
 
-    def first(self, observation: Tensor, action: Tensor) -> Tensor:
-        """Q of the first member alone: values (…seeds, batch). Half the arithmetic where only one is needed."""
-        x = torch.cat([observation, action], -1)
+    def one(self, x: Tensor, index: int) -> Tensor:
+        """Values of one member alone (…seeds, batch)."""
         *hidden, last = self.layers
         if self.norms is None:
             for layer in hidden:
-                x = F.relu_(layer.member(x, 0))
+                x = F.relu_(layer.member(x, index))
         else:
             for layer, norm in zip(hidden, self.norms):
-                x = F.relu(norm.member(layer.member(x, 0), 0))
-        return last.member(x, 0).squeeze(-1)
+                x = F.relu(norm.member(layer.member(x, index), index))
+        return last.member(x, index).squeeze(-1)
+
+
+class Critics(Ensemble):
+    """An ensemble of Q(s, a)."""
+
+    def __init__(self, members: int, observation_size: int, action_size: int, hidden: tuple[int, ...],
+                 seeds: int | None = None, layer_norm: bool = False):
+        super().__init__(members, observation_size + action_size, hidden, seeds, layer_norm)
+
+    def forward(self, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """(…seeds, batch, …) twice -> values (…seeds, members, batch), features (…seeds, members, batch, hidden[-1])."""
+        return super().forward(torch.cat([observation, action], -1))
+
+    def first(self, observation: Tensor, action: Tensor) -> Tensor:
+        """Q of the first member alone: values (…seeds, batch). Half the arithmetic where only one is needed."""
+        return self.one(torch.cat([observation, action], -1), 0)
 
 
 def adam(parameters, learning_rate: float, **options) -> torch.optim.Adam:

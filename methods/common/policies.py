@@ -51,6 +51,30 @@ class TanhGaussian(nn.Module):
         return self(observation)[0].tanh()
 
 
+class FreeGaussian(nn.Module):
+    """N(tanh(f(s)), exp(log_std)^2), log_std independent of the state; samples are clipped by whoever plays them. Whoever
+    trains it calls keep_in_bounds() after every step (a clamp in here would hold log_std at a bound for good)."""
+
+    def __init__(self, observation_size, action_size, hidden, bounds=(-5.0, 2.0), log_std=0.0, squash=True, seeds=None):
+        super().__init__()
+        self.net = mlp(observation_size, hidden, action_size, squash=squash, seeds=seeds)
+        self.log_std = nn.Parameter(torch.full((action_size,) if seeds is None else (seeds, action_size), log_std))
+        self.bounds = bounds
+
+    def mode(self, observation: Tensor) -> Tensor:
+        return self.net(observation)
+
+    def log_prob(self, observation: Tensor, action: Tensor) -> Tensor:
+        """(…, B, S), (…, B, A) -> (…, B)"""
+        log_std = self.log_std.unsqueeze(-2)
+        z = (action - self.net(observation)) * (-log_std).exp()
+        return (-0.5 * z.square() - log_std - LOG_SQRT_2PI).sum(-1)
+
+    @torch.no_grad()
+    def keep_in_bounds(self):
+        self.log_std.clamp_(*self.bounds)
+
+
 class GaussianPolicy(nn.Module):
     """N(f(s), diag exp(log_std)^2) with a state-independent log_std; not squashed. Whoever trains it keeps
     log_std in `bounds` after every step: a clamp in here would pass no gradient beyond a bound, and hold it there.

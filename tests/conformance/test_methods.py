@@ -148,7 +148,8 @@ def alternatives(knob):
                          ids=lambda v: v if isinstance(v, str) else v.name)
 def test_every_knob_changes_something(name, knob):
     """Under the settings its `when` names, another value changes weights, metrics or actions within a few updates."""
-    context = [f"method.{k}={json.dumps(v[0] if isinstance(v, list) else v)}" for k, v in (knob.when or {}).items()]
+    context = [f"{k if '.' in k else 'method.' + k}={json.dumps(v[0] if isinstance(v, list) else v)}"
+               for k, v in (knob.when or {}).items()]
 
     def fingerprint(*overrides):
         method, world, stream = lab.assembled(name, *context, *overrides)

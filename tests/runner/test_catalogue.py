@@ -57,13 +57,16 @@ def test_cards_of_methods(entry):
     else:
         baseline = BOOK.get("method", card["baseline"])
         assert baseline.family == entry.family and baseline.name != entry.name
-        assert set(baseline.needs) == set(entry.needs)
+        assert set(entry.needs) <= set(baseline.needs)
     knobs = {k.name: k for k in catalogue.knobs(entry)}
     for key, value in (card.get("neutral") or {}).items():
         assert key in names, f"{entry.name}: neutral names '{key}'"
         knobs[key].check(value, "method")
     for k in knobs.values():
         for other, value in (getattr(k, "when", None) or {}).items():
+            if other.startswith("env."):  # a setting of every env that fits
+                assert all(other[4:] in [k.name for k in catalogue.knobs(BOOK.get("env", e))] for e in BOOK.fitting([entry]))
+                continue
             assert other in names and other != k.name, f"{entry.name}.{k.name}: when names '{other}'"
             several = isinstance(value, list) and not knobs[other].type.startswith("tuple")  # any one of them
             for one in value if several else [value]:

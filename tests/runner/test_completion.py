@@ -42,7 +42,7 @@ def test_bash_completes(bash_script):
     with_ad = [n for n in names if n.startswith("ad")]
     assert ask(bash_script, "python -m runner method=ad") == with_ad and "adpo" in with_ad
     assert ask(bash_script, "python -m runner method=") == names
-    assert ask(bash_script, "ballast method=td3 env=point") == ["pointmass"]
+    assert ask(bash_script, "ballast method=td3 env=inver") == ["inverted_pendulum"]
     assert ask(bash_script, "python -m runner method=adpo size=") == ["claim", "paper", "smoke"]
     assert ask(bash_script, "python -m runner method=adpo hardware=f") == ["fsdp"]
     assert set(ask(bash_script, "python -m runner method=adpo method.anchor=")) >= {"ema", "teacher", "on_policy"}
@@ -54,12 +54,12 @@ def test_bash_completes(bash_script):
     assert "adpo" in ask(bash_script, "python -m runner show a")
     assert "td3" in ask(bash_script, "python -m runner diff adpo t")
     assert ask(bash_script, "python -m runner list si") == ["sizes"]
-    assert ask(bash_script, "/usr/bin/python3 -m runner method=kd env=pointm") == ["pointmass"]
+    assert ask(bash_script, "/usr/bin/python3 -m runner method=kd env=inver") == ["inverted_pendulum"]
 
 
 @needs_bash
 def test_whole_words_where_bash_does_not_split_at_equals(bash_script):
-    assert ask(bash_script, "python -m runner env=pointm", breaks=" \t\n") == ["env=pointmass"]
+    assert ask(bash_script, "python -m runner env=inver", breaks=" \t\n") == ["env=inverted_pendulum"]
 
 
 @needs_bash
@@ -70,8 +70,8 @@ def test_other_programs_are_left_alone(bash_script):
 
 @needs_bash
 def test_runs_are_completed(bash_script, tmp_path):
-    (tmp_path / "runs" / "kd-pointmass-s0-abc").mkdir(parents=True)
-    assert ask(bash_script, "python -m runner eval kd", cwd=tmp_path) == ["kd-pointmass-s0-abc"]
+    (tmp_path / "runs" / "kd-inverted_pendulum-s0-abc").mkdir(parents=True)
+    assert ask(bash_script, "python -m runner eval kd", cwd=tmp_path) == ["kd-inverted_pendulum-s0-abc"]
     assert ask(bash_script, "python -m runner eval kd-", cwd=tmp_path.parent) == []
 
 
@@ -96,8 +96,8 @@ def test_a_tab_in_an_interactive_bash(bash_script):
     try:
         os.write(leader, f"source {bash_script}; echo read''y\n".encode())
         until(r"\nready")
-        os.write(leader, b"python -m runner env=pointm\t")
-        until(r"env=pointmass ")
+        os.write(leader, b"python -m runner env=inver\t")
+        until(r"env=inverted_pendulum ")
         os.write(leader, b"method=kd method.target_t\t")
         until(r"method\.target_temperature=")
         assert "env=env=" not in seen

@@ -32,7 +32,7 @@ def test_kinds_are_what_they_say():
     draws = Draws(0)
     normal, uniform = draws("n", (40_000,), 0), draws("u", (40_000,), 0, "uniform")
     assert abs(normal.mean()) < 0.03 and abs(normal.std() - 1) < 0.03
-    assert 0 <= uniform.min() and uniform.max() < 1 and abs(uniform.mean() - 0.5) < 0.01
+    assert uniform.min() >= 0 and uniform.max() < 1 and abs(uniform.mean() - 0.5) < 0.01
     bits = draws("b", (40_000,), 0, "bits")
     assert bits.min() >= 0 and bits.dtype == torch.int64
     assert torch.bincount(bits % 10).min() > 3700  # of 4,000 each
