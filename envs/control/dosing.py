@@ -15,7 +15,8 @@ Methods that play (`rollouts`) learn in that simulator: the next row, reward, co
 the present one, features scaled to [-1, 1] by the log. Methods that read learn from the log itself (`offline`). All of them
 are judged in the true dynamics. `out_of_support` is the share of visited (s, a) whose Gaussian kernel density under the log
 lies below the 5 % quantile of the log's own, at the sharpest bandwidth for which a second log keeps within 6 %.
-`simulator_gap` is the return in the simulator less the true one: what a policy gains there by exploiting it.
+`simulator_gap` is the distance between the return in the simulator and the true one: how little the simulator can be trusted
+where the policy goes. `cost_gap` is the same of costs.
 """
 
 from __future__ import annotations
@@ -176,8 +177,8 @@ class Dosing(ControlWorld):
         "out_of_support": Metric("min", "", "share of visited (s, a) in the true dynamics that the log does not support"),
         "simulator_return": Metric("none", "reward", "return in the simulator made of the log"),
         "simulator_cost": Metric("none", "per episode", "violated limits in that simulator"),
-        "simulator_gap": Metric("min", "reward", "return in the simulator less the true one"),
-        "cost_gap": Metric("min", "per episode", "true cost less the simulator's"),
+        "simulator_gap": Metric("min", "reward", "|return in the simulator - true return|"),
+        "cost_gap": Metric("min", "per episode", "|true cost - the simulator's|"),
     }
 
     def __init__(self, config, device="cpu"):
@@ -212,8 +213,8 @@ class Dosing(ControlWorld):
         result = {**self._summary(played), "cost": mean(played, "cost"), "deaths": mean(played, "died"),
                   "out_of_support": outside.float().mean().item(),
                   "simulator_return": model["returns"].mean().item(), "simulator_cost": mean(model, "cost")}
-        return {**result, "simulator_gap": result["simulator_return"] - result["return"],
-                "cost_gap": result["cost"] - result["simulator_cost"]}
+        return {**result, "simulator_gap": abs(result["simulator_return"] - result["return"]),
+                "cost_gap": abs(result["cost"] - result["simulator_cost"])}
 
     def evaluate(self, method, seed):
         return self._figures(lambda o: method.act(o, explore=False))
