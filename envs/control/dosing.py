@@ -14,7 +14,8 @@ harmful in o and w; a simulator made of its log cannot know.
 Methods that play (`rollouts`) learn in that simulator: the next row, reward, cost and end of the logged (s, a) nearest to
 the present one, features scaled to [-1, 1] by the log. Methods that read learn from the log itself (`offline`). All of them
 are judged in the true dynamics. `out_of_support` is the share of visited (s, a) whose Gaussian kernel density under the log
-lies below the 5 % quantile of the log's own, at the sharpest bandwidth for which a second log keeps within 6 %.
+lies below the 5 % quantile of the log's own, at the sharpest bandwidth for which no more of a second log does (within two
+standard errors of 5 %, or of the least there is).
 `simulator_gap` is the distance between the return in the simulator and the true one: how little the simulator can be trusted
 where the policy goes. `cost_gap` is the same of costs.
 """
@@ -134,19 +135,22 @@ def logged(steps: int, seed: int) -> dict[str, np.ndarray]:
 class Support:
     """Where the log has data: Gaussian kernel density over (s, a) scaled to [-1, 1], up to a factor."""
 
-    def __init__(self, log, second, share: float = 0.05, slack: float = 0.01):
+    def __init__(self, log, second, share: float = 0.05):
         rows, held_out = self._rows(log), self._rows(second)
         self.low, self.width = rows.min(0).values, (rows.max(0).values - rows.min(0).values).clamp_min(1e-9)
         self.keys = self._scaled(rows)
         own = torch.cdist(self.keys[:1000], self.keys).square()
         other = torch.cdist(self._scaled(held_out)[:1000], self.keys).square()
-        low, high = 0.01, 3.0  # too sharp a kernel sees only the log's own rows and finds everything else outside
-        for _ in range(12):
-            self.bandwidth = (low * high) ** 0.5
-            factor = -0.5 / self.bandwidth ** 2
-            self.threshold = (own * factor).exp().mean(1).quantile(share)
-            inside = ((other * factor).exp().mean(1) < self.threshold).float().mean() <= share + slack
-            low, high = (low, self.bandwidth) if inside else (self.bandwidth, high)
+
+        def outside(h: float) -> tuple[torch.Tensor, float]:
+            threshold = (own * (-0.5 / h ** 2)).exp().mean(1).quantile(share)
+            return threshold, ((other * (-0.5 / h ** 2)).exp().mean(1) < threshold).float().mean().item()
+
+        grid = torch.logspace(-2, 0.5, 16).tolist()  # too sharp a kernel sees the log's own rows alone, all else is outside
+        shares = [outside(h)[1] for h in grid]
+        most = max(share, min(shares)) + 2 * (share * (1 - share) / len(other)) ** 0.5
+        self.bandwidth = next(h for h, found in zip(grid, shares) if found <= most)
+        self.threshold = outside(self.bandwidth)[0]
 
     @staticmethod
     def _rows(log):

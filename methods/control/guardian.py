@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class Guardian(nn.Module):
     """dens(x) = mean_i exp(-|x - x_i|^2 / (2 h^2)), x = (s, a) with every feature scaled to [-1, 1] by the log; outside:
     dens(x) below the `share` quantile of the log's own densities. bandwidth 0: the sharpest h for which a fifth of the log,
-    held out, has no more than `share` + 1 % of its rows outside. Nothing in here is trained or saved: fit() runs at every
-    start, on the same log."""
+    held out, has no more than `share` of its rows outside (within two standard errors; or no more than for any other h).
+    Nothing in here is trained or saved: fit() runs at every start, on the same log."""
 
     def __init__(self, share: float, bandwidth: float):
         super().__init__()
@@ -33,11 +33,10 @@ class Guardian(nn.Module):
 
         h = torch.tensor(self.h, device=rows.device)
         if self.h == 0:  # too sharp a kernel sees only the log's own rows, and finds everything else outside
-            low, high = torch.tensor(0.01, device=rows.device), torch.tensor(3.0, device=rows.device)
-            for _ in range(12):
-                h = (low * high).sqrt()
-                inside = outside(h)[1] <= self.share + 0.01
-                low, high = torch.where(inside, low, h), torch.where(inside, h, high)
+            grid = torch.logspace(-2, 0.5, 16, device=rows.device)
+            shares = torch.stack([outside(x)[1] for x in grid])
+            most = shares.min().clamp_min(self.share) + 2 * (self.share * (1 - self.share) / len(other)) ** 0.5
+            h = grid[(shares <= most).float().argmax()]  # the first
         self.keys, self.bandwidth, self.threshold = kept, h, outside(h)[0]
 
     def scaled(self, rows: Tensor) -> Tensor:
