@@ -28,6 +28,8 @@ class Spec:
 
     observation_size: int | None = None   # length of an observation vector
     action_size: int | None = None        # length of an action vector; actions lie in [-1, 1]
+    actions: int | None = None            # number of actions to choose from, where they are no vectors but 0, 1, 2, …
+    costs: int = 0                        # cost channels beside the reward
     candidates: int | None = None         # length of a candidate list
     classes: int | None = None
     vocabulary: int | None = None
@@ -86,6 +88,7 @@ class Method(nn.Module):
         self.config = config
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.updates = 0             # updates made so far; the loop counts and restores it
+        self.planned = 0             # updates that the run will make; 0: not known. For schedules
         self.engine = Engine()
         self.draws = Draws()         # the loop puts in the run's own
 
@@ -119,7 +122,8 @@ class Method(nn.Module):
         return {}
 
     def act(self, observation: Tensor, explore: bool) -> Tensor:
-        """observation (n, observation_size) -> action (n, action_size) in [-1, 1]."""
+        """observation (n, observation_size) -> action (n, action_size); the world clips it to [-1, 1]. Where actions
+        are numbers (Spec.actions): (n,), whole numbers."""
         raise NotImplementedError(f"{type(self).__name__} does not act")
 
     def assess(self, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor] | None:
