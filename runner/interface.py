@@ -28,6 +28,8 @@ class Spec:
 
     observation_size: int | None = None   # length of an observation vector
     action_size: int | None = None        # length of an action vector; actions lie in [-1, 1]
+    actions: int | None = None            # number of actions to choose from, where they are no vectors but 0, 1, 2, …
+    costs: int = 0                        # cost channels beside the reward
     candidates: int | None = None         # length of a candidate list
     classes: int | None = None
     vocabulary: int | None = None
@@ -40,6 +42,15 @@ class Metric(NamedTuple):
     direction: str  # "max", "min" or "none"
     unit: str = ""
     help: str = ""
+
+
+class Feed(NamedTuple):
+    """What a stream of kind `mixed` (a data set, then online play) does before the next update, and hands out for it."""
+
+    steps: int = 0          # environment steps to play with the method's own actions
+    stored: float = 1.0     # share of the batch that comes from the data set
+    start: bool = False     # first play the env's `start_steps` uniformly random steps
+    copied: int = 0         # transitions of the data set to put among the online ones
 
 
 class Engine:
@@ -70,12 +81,14 @@ class Method(nn.Module):
     batchable = False
     capturable = False
     period = 1                       # the course of an update depends on its number modulo this (and on stage())
+    batches = 1                      # of the world's batch size that make up the next update's batch (its first axis of rows)
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.updates = 0             # updates made so far; the loop counts and restores it
+        self.planned = 0             # updates that the run will make; 0: not known. For schedules
         self.engine = Engine()
         self.draws = Draws()         # the loop puts in the run's own
 
@@ -100,8 +113,17 @@ class Method(nn.Module):
         """Number of the phase that the next update belongs to, for methods whose work changes in the course of training."""
         return 0
 
+    def feed(self) -> Feed:
+        """For streams of kind `mixed`: a function of `updates` and the settings alone."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how stored and online data mix")
+
+    def inspect(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the method believes of given transitions (value, td_error, …), scalars; a world may log it."""
+        return {}
+
     def act(self, observation: Tensor, explore: bool) -> Tensor:
-        """observation (n, observation_size) -> action (n, action_size) in [-1, 1]."""
+        """observation (n, observation_size) -> action (n, action_size); the world clips it to [-1, 1]. Where actions
+        are numbers (Spec.actions): (n,), whole numbers."""
         raise NotImplementedError(f"{type(self).__name__} does not act")
 
     def assess(self, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -123,6 +123,7 @@ def _assemble(job: Job, fabric=None):
         seed_everything(seed)
     else:
         method.setup(world.spec())
+    method.planned = job.config["loop"]["steps"]
     method.to(device)
     if fabric is not None and fabric.world_size > 1:
         from runner.parallel import share

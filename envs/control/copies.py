@@ -41,23 +41,34 @@ def _quiet_mujoco():
 
 
 class Copies:
-    """`number` copies of `env_id`; actions in [-1, 1] are scaled to each action space."""
+    """`number` copies of `env_id`; actions in [-1, 1] are scaled to its action space. Where that is a list of `actions`,
+    they are numbers, and `action_size` is None."""
 
     def __init__(self, env_id: str, number: int, **options):
         self.envs = [make(env_id, **options) for _ in range(number)]
+        from gymnasium.spaces import Box, Discrete
+
+        from runner.errors import UserError
+
         box = self.envs[0].action_space
-        if not hasattr(box, "low") or not (np.isfinite(box.low).all() and np.isfinite(box.high).all()):
-            raise UserError(f"env '{env_id}' has the action space {box}: bounded real vectors are needed, to which [-1, 1] "
-                            "can be scaled\nregister a version of it with a bounded space (gymnasium.wrappers.TransformAction)")
-        if getattr(self.envs[0].observation_space, "shape", None) is None:
-            raise UserError(f"env '{env_id}' has the observation space {self.envs[0].observation_space}: a real vector is "
-                            "needed; gymnasium.wrappers.FlattenObservation makes one")
-        self.low, self.high = box.low.astype(np.float64), box.high.astype(np.float64)
+        self.actions = self.action_size = None
+        if not isinstance(self.envs[0].observation_space, Box) or not isinstance(box, (Box, Discrete)):
+            raise UserError(f"env '{env_id}': observations must be vectors, and actions vectors or numbers; it has "
+                            f"{self.envs[0].observation_space} and {box}\ngymnasium.wrappers.FlattenObservation makes a vector")
         self.observation_size = int(np.prod(self.envs[0].observation_space.shape))
+        if isinstance(box, Discrete):
+            self.actions, self.first = int(box.n), int(box.start)
+            return
+        if not (np.isfinite(box.low).all() and np.isfinite(box.high).all()):
+            raise UserError(f"env '{env_id}' has an unbounded action space ({box}): actions in [-1, 1] cannot be scaled to it\n"
+                            "wrap it with gymnasium.wrappers.RescaleAction or give its Box finite bounds")
+        self.low, self.high = box.low.astype(np.float64), box.high.astype(np.float64)
         self.action_size = int(np.prod(box.shape))
         self.unit = bool(np.all(self.low == -1) and np.all(self.high == 1))
 
-    def scale(self, action: np.ndarray) -> np.ndarray:
+    def scale(self, action: np.ndarray):
+        if self.actions:
+            return self.first + int(action)
         action = np.clip(action.astype(np.float64), -1.0, 1.0)
         return action if self.unit else self.low + (action + 1) * 0.5 * (self.high - self.low)
 
