@@ -51,6 +51,7 @@ class ScoredPointMass(PointMass):
     def references(self, seed: int):
         return self._bounds()
 
+
 class PointMassData(ScoredPointMass):
     @dataclasses.dataclass(frozen=True)
     class Config(ScoredPointMass.Config):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from envs.control.segments import Preferences, Segments
 from methods.control.cpl import CPL
+from methods.control.p_iql import PIQL
 from methods.control.segment_bc import SegmentBC
 from runner.draws import Draws
 from runner.errors import UserError
@@ -182,6 +183,70 @@ def test_several_seeds_at_once_are_what_each_is_alone():
         assert {k: v[i].item() for k, v in told.items()} == pytest.approx(last, rel=1e-4, abs=1e-6)
         for k, v in single.policy.state_dict().items():
             torch.testing.assert_close(together.policy.state_dict()[k][i], v, rtol=1e-4, atol=1e-6)
+
+
+# ---- P-IQL -------------------------------------------------------------------------------------------------------------
+def make_p_iql(seed=0, **values):
+    torch.manual_seed(seed)
+    method = PIQL(PIQL.Config(**{"hidden": (16,), "reward_steps": 2, "learning_rate": 0.01, **values}))
+    method.setup(SPEC)
+    method.make_optimizers()
+    method.draws = Draws(seed)
+    return method
+
+
+def test_the_reward_model_is_bradley_terry_on_sums():
+    method, batch = make_p_iql(), make_batch()
+    sums = torch.stack([torch.stack([method.reward(torch.cat([o, a], -1)).sum() for o, a in zip(obs, act)])
+                        for obs, act in zip(batch["observation"], batch["action"])])
+    expected = F.binary_cross_entropy_with_logits(sums[:, 1] - sums[:, 0], batch["preferred"])
+    torch.testing.assert_close(method.score_segments(batch["observation"][:, 0], batch["action"][:, 0]), sums[:, 0].detach())
+    assert method.update(batch)["reward_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_transitions_are_steps_of_the_segments_with_the_learned_reward():
+    method, batch, times = make_p_iql(), make_batch(), set()
+    for update in range(20):
+        method.updates = update
+        out = method.transitions(batch)
+        assert {k: tuple(v.shape) for k, v in out.items()} == {
+            "observation": (2 * B, S), "action": (2 * B, A), "next_observation": (2 * B, S), "reward": (2 * B,),
+            "terminated": (2 * B,)}
+        for row in range(2 * B):
+            obs, act = batch["observation"][row // 2, row % 2], batch["action"][row // 2, row % 2]
+            t = int((obs == out["observation"][row]).all(-1).nonzero())
+            times.add(t)
+            assert torch.equal(out["action"][row], act[t]) and torch.equal(out["next_observation"][row], obs[t + 1])
+            assert out["reward"][row].item() == pytest.approx(method.reward(torch.cat([obs[t], act[t]])).item(), rel=1e-4)
+        assert not out["terminated"].any()
+    assert times == set(range(K - 1))
+
+
+def test_the_reward_model_stands_still_once_iql_begins():
+    method, batch = make_p_iql(), make_batch()
+    before = {k: v.clone() for k, v in method.state_dict().items()}
+    train(method, batch, 2)
+    changed = {k.split(".")[0] for k, v in method.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"reward"} and method.stage() == 1
+    before = {k: v.clone() for k, v in method.state_dict().items()}
+    train(method, batch, 2)
+    changed = {k.split(".")[0] for k, v in method.state_dict().items() if not torch.equal(v, before[k])}
+    assert {"critics", "value", "actor"} <= changed and "reward" not in changed
+
+
+def test_p_iql_with_several_seeds_at_once():
+    batches = [make_batch(i) for i in range(2)]
+    stack = Stack(lambda: PIQL(PIQL.Config(hidden=(16,), reward_steps=2, learning_rate=0.01)), SPEC, [0, 1])
+    together = stack.method
+    together.make_optimizers()
+    together.draws = Draws([0, 1])
+    joined = {k: torch.stack([b[k] for b in batches]) for k in batches[0]}
+    for _ in range(5):
+        told = together.update(joined)
+        together.updates += 1
+    for i, batch in enumerate(batches):
+        last = train(make_p_iql(seed=i), batch, 5)[-1]
+        assert {k: v[i].item() for k, v in told.items()} == pytest.approx(last, rel=1e-3, abs=1e-5)
 
 
 # ---- the data ----------------------------------------------------------------------------------------------------------
