@@ -7,7 +7,8 @@
 Of each segment of a batch one random step is learned from; the last one has no successor. Nothing terminates. Only segments
 that are compared are seen, as in the paper (app. D); 50,000 updates of the reward model, expectile 0.7, inverse temperature 3.
 
-Differences from the official code (jhejna/cpl): the reward model's last layer has no bias; batches for IQL are as large as there are segments in a batch of pairs.
+Differences from the official code (jhejna/cpl): the reward model's last layer has no bias; batches for IQL are as large as
+there are segments in a batch of pairs.
 """
 
 from __future__ import annotations
