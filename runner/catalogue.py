@@ -304,17 +304,20 @@ def _descends(entries, a, b) -> bool:
 
 
 def metrics(env: Entry) -> dict[str, list]:
-    """{gold metric: [direction, unit]} of an env's world, read from its `metrics = {name: Metric(…)}`."""
-    found = {}
-    for cls in reversed(lineage(main_class(env.source))):
+    """{gold metric: [direction, unit]} of an env's world, read from its `metrics = {name: Metric(…)}`, where `**Base.metrics`
+    stands for what its bases define."""
+    out: dict[str, list] = {}
+    for cls in lineage(main_class(env.source)):
         for n in cls.node.body:
             if isinstance(n, (ast.Assign, ast.AnnAssign)) and isinstance(n.value, ast.Dict):
                 target = n.targets[0] if isinstance(n, ast.Assign) else n.target
-                if isinstance(target, ast.Name) and target.id == "metrics":  # a key None is **Parent.metrics
-                    inherited = found if None in n.value.keys else {}
-                    found = inherited | {k.value: [a.value for a in v.args[:2]] for k, v in zip(n.value.keys, n.value.values)
-                                         if k is not None}
-    return found
+                if isinstance(target, ast.Name) and target.id == "metrics":
+                    for k, v in zip(n.value.keys, n.value.values):
+                        if k is not None:
+                            out.setdefault(k.value, [a.value for a in v.args[:2]])
+                    if None not in n.value.keys:
+                        return out
+    return out
 
 
 # ---- importing, once a job starts -----------------------------------------------------------------------------------

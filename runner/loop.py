@@ -7,6 +7,7 @@ no world. Between two events (a log line, a checkpoint, …) a step costs one co
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import time
 
@@ -21,6 +22,10 @@ from runner.record import Record
 
 class Preempted(Exception):
     """The run was asked to stop; its state is saved."""
+
+
+class NonFinite(Exception):
+    """A metric of the method is NaN or infinite: the run has diverged, and going on would only spend time."""
 
 
 def rng_state() -> dict:
@@ -203,6 +208,7 @@ class Loop:
                     return inner(batch)
 
         method.train()
+        batch = None
         while self.step < s.steps:
             event = self._next_event()
             if self.graphs:
@@ -211,9 +217,10 @@ class Loop:
                     self.step = method.updates = self.step + made
             else:
                 while self.step < event:
-                    metrics = update(stream.next())
+                    batch = stream.next()
+                    metrics = update(batch)
                     self.step = method.updates = self.step + 1
-            self._at_event(metrics)
+            self._at_event(metrics, batch)
 
     def _next_event(self) -> int:
         """The next step at which the loop has to do more than train."""
@@ -221,13 +228,16 @@ class Loop:
         every = [n for n in (s.log_every, s.eval_every, s.validate_every, s.save_steps) if n]
         return min([step - step % n + n for n in every] + [s.steps])
 
-    def _at_event(self, metrics):
+    def _at_event(self, metrics, batch):
         s, step, last = self.settings, self.step, self.step == self.settings.steps
         lines = [{} for _ in self.stack.seeds] if self.stack else [{}]
         if step % s.log_every == 0 or last:
             for line, numbers in zip(lines, self._numbers(metrics)):
                 line.update(self.stream.counters())
                 line.update(numbers)
+            wrong = [k for k in metrics if not math.isfinite(lines[0][k])]
+            if wrong and not self.stack:  # one seed of several must not end the others
+                self._diverged(wrong, lines[0], batch)
         if s.validate_every and (step % s.validate_every == 0 or last) and not self.stack:
             lines[0].update(self._validate())
         if s.eval_every and step % s.eval_every == 0 and not last:
@@ -242,6 +252,18 @@ class Loop:
         if stop:
             self.save()
             raise Preempted
+
+    def _diverged(self, wrong: list[str], line: dict, batch: dict | None):
+        """Log the line, leave the batch of this step (a captured one is not at hand) in the run's folder, raise NonFinite.
+        Only log lines are looked at: it may have begun up to `log_every` updates earlier."""
+        told = f"non-finite at step {self.step:,}: " + ", ".join(f"{k} = {line[k]}" for k in wrong)
+        self._log([{"step": self.step, **{k: v if k not in wrong else None for k, v in line.items()}}])
+        if self.record and batch is not None:
+            from safetensors.torch import save_file
+            tensors = {k: v.detach().cpu().contiguous().clone() for k, v in batch.items() if torch.is_tensor(v)}
+            save_file(tensors, self.record.folder / "nonfinite.safetensors", metadata={"step": str(self.step)})
+            told += "; its batch lies in nonfinite.safetensors"
+        raise NonFinite(told)
 
     def _numbers(self, metrics: dict) -> list[dict[str, float]]:
         """Metrics on the host, in one transfer, of each seed; the mean over ranks."""

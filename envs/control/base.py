@@ -1,7 +1,7 @@
 """Continuous control: what every world of this kind shares. A world brings `copies` (the simulator) and a teacher.
 
-Provides `transitions` (play and replay, for online RL) and, where a teacher is at hand, `candidates` (lists of actions
-scored by the teacher on states that it visits, for distillation by preferences).
+Provides `transitions` (play and replay, for online RL), `rollouts` (play in order, for on-policy RL) and, where a teacher is
+at hand, `candidates` (lists of actions scored by the teacher on states that it visits, for distillation by preferences).
 
 A world with a data set (`columns`) provides `offline`, and `mixed`: the data set first, then online play; for that it
 measures how far return and values fall after the switch (`dip`, `value_fall`; see envs/control/mixed.py).
@@ -22,6 +22,7 @@ from torch import Tensor
 from envs.control.distillation import Distillation, divergences, ndcg
 from envs.control.mixed import Mixed
 from envs.control.replay import Replay
+from envs.control.rollouts import Rollouts
 from envs.control.stored import Stored
 from runner.errors import UserError
 from runner.interface import Method, Metric, Spec, World, knob
@@ -35,6 +36,7 @@ class ControlWorld(World):
         episodes: int = knob(10, "episodes of an evaluation", low=1)
         copies: int = knob(1, "copies of the environment that are stepped in turn while training", low=1)
         steps_per_update: int = knob(1, "steps in every copy per update", low=1)
+        rollout_steps: int = knob(2048, "T: steps in every copy per rollout", low=1, source="PPO, table 3")
         start_steps: int = knob(25_000, "uniformly random steps before the first update", low=0, source="TD3, sec. 6.1")
         capacity: int = knob(1_000_000, "transitions remembered", low=1)
         reward_scale: float = knob(1.0, "factor on rewards that a method learns from; returns are not scaled")
@@ -68,7 +70,8 @@ class ControlWorld(World):
     def __init__(self, config, device="cpu"):
         super().__init__(config, device)
         probe = self.copies(1)
-        self._spec = Spec(observation_size=probe.observation_size, action_size=probe.action_size)
+        self._spec = Spec(observation_size=probe.observation_size, action_size=probe.action_size,
+                          actions=getattr(probe, "actions", None), costs=getattr(probe, "costs", 0))
         probe.close()
         self._distillation: Distillation | None = None
         self._mixed: Mixed | None = None
@@ -107,6 +110,11 @@ class ControlWorld(World):
             columns["reward"] = columns["reward"] * c.reward_scale
             self._mixed = Mixed(self.copies(c.copies), columns, method, c, seed, self.device, self._probe)
             return self._mixed
+        if kind != "rollouts" and self._spec.actions is not None:
+            raise UserError(f"this environment has {self._spec.actions} discrete actions; batches of kind '{kind}' are for "
+                            "bounded real vectors\nmethods that learn from rollouts can play it: method=ppo")
+        if kind == "rollouts":
+            return Rollouts(self.copies(c.copies), method, c, seed, self.device)
         return Replay(self.copies(c.copies), method, c, seed, self.device)
 
     def _distil(self, seed: int) -> Distillation:
@@ -122,27 +130,35 @@ class ControlWorld(World):
         return Distillation(states.to(self.device), teacher, c, generator)
 
     # -- playing
-    def play(self, policy, episodes: int, seed: int) -> dict[str, Tensor]:
-        """Whole episodes, side by side. policy: observation (n, S) -> action (n, A), clipped before it is sent."""
-        copies = self.copies(episodes)
+    def play(self, policy, episodes: int, seed: int, copies=None) -> dict:
+        """Whole episodes, side by side, in the world's own copies or in others. policy: observation (n, S) -> action (n, A),
+        clipped before it is sent, or (n,). Returns returns, lengths (episodes,), observations and actions (steps, …), and
+        `told`: sums over each episode of what the copies tell about steps beside the reward (their `told`)."""
+        copies = copies or self.copies(episodes)
         observation = np.stack([copies.reset(i, seed + i) for i in range(episodes)])
-        returns, lengths = np.zeros(episodes), np.zeros(episodes)
-        alive, seen = list(range(episodes)), []
+        returns, lengths, ended = np.zeros(episodes), np.zeros(episodes), np.zeros(episodes, dtype=bool)
+        alive, seen, chosen = list(range(episodes)), [], []
+        told = {k: np.zeros(episodes) for k in getattr(copies, "told", {})}
         while alive:
             now = torch.from_numpy(observation[alive]).to(self.device, torch.float32)
             seen.append(now)
             actions = policy(now).cpu().numpy()
+            chosen.append(torch.from_numpy(actions))
             still = []
             for action, i in zip(actions, alive):
                 observation[i], reward, terminated, truncated = copies.step(i, action)
                 returns[i] += reward
                 lengths[i] += 1
+                ended[i] = terminated
+                for name, sums in told.items():
+                    sums[i] += copies.told[name][i]
                 if not (terminated or truncated):
                     still.append(i)
             alive = still
         copies.close()
         return {"returns": torch.from_numpy(returns), "lengths": torch.from_numpy(lengths),
-                "observations": torch.cat(seen)}
+                "terminated": torch.from_numpy(ended), "observations": torch.cat(seen), "actions": torch.cat(chosen),
+                "told": {k: torch.from_numpy(v) for k, v in told.items()}}
 
     def _summary(self, played) -> dict[str, float]:
         returns = played["returns"]
@@ -174,12 +190,14 @@ class ControlWorld(World):
         return {"validation_kl": figures["kl_teacher_student"]}
 
     def references(self, seed: int):
-        c, size = self.config, self._spec.action_size
-        generator = torch.Generator().manual_seed(seed)
-        policies = {
-            "random policy": lambda o: torch.rand(len(o), size, generator=generator) * 2 - 1,
-            "all-zero action": lambda o: torch.zeros(len(o), size),
-        }
+        c, size, generator = self.config, self._spec.action_size, torch.Generator().manual_seed(seed)
+        if self._spec.actions:  # numbers: none of them is zero force
+            policies = {"random policy": lambda o: torch.randint(self._spec.actions, (len(o),), generator=generator)}
+        else:
+            policies = {
+                "random policy": lambda o: torch.rand(len(o), size, generator=generator) * 2 - 1,
+                "all-zero action": lambda o: torch.zeros(len(o), size),
+            }
         if self._distillation is not None:
             policies = {"teacher": self._distillation.teacher.mean, **policies}
         return {name: self._summary(self.play(policy, c.episodes, EVALUATION_SEED))

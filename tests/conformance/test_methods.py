@@ -183,7 +183,8 @@ def test_smoke_is_quick_and_complete(name, tmp_path):
     job = compose(lab.words_for(name, f"runs={tmp_path}"), Catalogue())
     result = execute(job, quiet=True)
     assert result["status"] == "done" and "return" in result["metrics"]
-    assert {"random policy", "all-zero action"} <= result["references"].keys()
+    numbered = lab.assembled(name)[1].spec().actions  # none of numbered actions is zero force
+    assert {"random policy", *([] if numbered else ["all-zero action"])} <= result["references"].keys()
     assert time.process_time() - began < 15  # the aim is 3 s; a loaded machine is given room
 
 
