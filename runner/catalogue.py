@@ -304,14 +304,20 @@ def _descends(entries, a, b) -> bool:
 
 
 def metrics(env: Entry) -> dict[str, list]:
-    """{gold metric: [direction, unit]} of an env's world, read from its `metrics = {name: Metric(…)}`."""
+    """{gold metric: [direction, unit]} of an env's world, read from its `metrics = {name: Metric(…)}`, where `**Base.metrics`
+    stands for what its bases define."""
+    out: dict[str, list] = {}
     for cls in lineage(main_class(env.source)):
         for n in cls.node.body:
             if isinstance(n, (ast.Assign, ast.AnnAssign)) and isinstance(n.value, ast.Dict):
                 target = n.targets[0] if isinstance(n, ast.Assign) else n.target
                 if isinstance(target, ast.Name) and target.id == "metrics":
-                    return {k.value: [a.value for a in v.args[:2]] for k, v in zip(n.value.keys, n.value.values)}
-    return {}
+                    for k, v in zip(n.value.keys, n.value.values):
+                        if k is not None:
+                            out.setdefault(k.value, [a.value for a in v.args[:2]])
+                    if None not in n.value.keys:
+                        return out
+    return out
 
 
 # ---- importing, once a job starts -----------------------------------------------------------------------------------

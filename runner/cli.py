@@ -23,6 +23,7 @@ Ballast trains a paper's method on an environment or data set and leaves a recor
   python -m runner compare [RUN …] [--env E] [--claim C] [--by method] [--metric M] [--baseline B]
                            [--plot FILE.svg|png] [--csv FILE] [--latex FILE]
   python -m runner report [--open] [--to FILE] [--runs DIR]   one HTML page: methods, claims, runs
+  python -m runner data build ENV [size=claim|paper] | data list | data show ENV    data sets of one's own
   python -m runner status  [FILTER …] [--json]            runs and how far they are
   python -m runner results [FILTER …] [--json]            finished runs and their figures
   python -m runner eval RUN [env=… env.key=…]             evaluate a finished run again, elsewhere if you like
@@ -41,7 +42,7 @@ Any setting: method.tau=0.5  env.episodes=20  loop.steps=1000  seed=1  runs=DIR 
 Composition: method=a+b combines methods that change different parts.
 """
 
-COMMANDS = ("list", "show", "diff", "check", "claim", "compare", "report", "status", "results", "eval", "export", "video",
+COMMANDS = ("list", "show", "diff", "check", "data", "claim", "compare", "report", "status", "results", "eval", "export", "video",
             "completion", "worker")
 
 
@@ -79,7 +80,7 @@ def _main(words: list[str]) -> int:
 
 
 # option: the commands that take it; "" means all
-_FLAGS = {"--force": "run worker", "--fork": "run worker", "--quiet": "run worker", "--multirun": "run", "-m": "run",
+_FLAGS = {"--force": "run worker data", "--fork": "run worker", "--quiet": "run worker data", "--multirun": "run", "-m": "run",
           "--json": "", "--help": "", "-h": "", "--all": "claim", "--allow-mixed": "claim compare",
           "--open": "report"}
 _VALUED = {"--include": "", "--jobs": "run claim", "--family": "claim", "--by": "compare", "--metric": "compare",
@@ -351,6 +352,8 @@ def _run(words, options) -> int:
 
         number = device_count(job.config["hardware"])
         if number > 1:
+            from runner import data
+            data.ensure(job, bool(options.get("quiet")))
             flags = [f"--{k}" for k in ("force", "fork", "quiet") if options.get(k)]
             return launch(job.config, number, options["include"], [*flags, f"--command={command}"])
     return _execute(job, options, command)
@@ -469,6 +472,11 @@ def _video(words, options) -> int:
     _, method, world = run.load_run(folder, _book(options))
     write_video(method, world, target, steps, seed)
     return 0
+
+
+def _data(words, options) -> int:
+    from runner.data import command
+    return command(words, options)
 
 
 def _claim(words, options) -> int:

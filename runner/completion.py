@@ -31,6 +31,7 @@ def candidates() -> dict[str, list[str]]:
                 if k.choices:
                     values[key] = sorted({*values.get(key, []), *map(str, k.choices)})
     return {"words": [c for c in COMMANDS if c != "worker"] + sorted({*_FLAGS, *_VALUED}), "keys": keys, "values": values,
+            "data": [e.name for e in book.all("env") if e.card.get("data")],
             "names": book.names("method") + book.names("env"),
             "claims": sorted(p.stem for p in (catalogue.CONF / "claim").glob("*/*.yaml"))}
 
@@ -48,6 +49,7 @@ def script(shell: str) -> str:
       case "$line" in
         *" show "*|*" diff "*) words="{" ".join(c["names"])}" ;;
         *" list "*) words="methods envs hardware sizes loggers --json" ;;
+        *" data "*) words="build list show {" ".join(c["data"])} size=claim size=paper --json" ;;
         *" claim "*) words="{" ".join(c["claims"])} --all --family seeds= --jobs" ;;
         *" eval "*|*" export "*|*" video "*) words="$(command ls runs 2>/dev/null) --to --runs" ;;
       esac ;;

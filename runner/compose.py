@@ -12,7 +12,7 @@ import hashlib
 import json
 from typing import NamedTuple
 
-from runner import catalogue, settings
+from runner import catalogue, places, settings
 from runner.errors import UserError, unknown
 from runner.knobs import fill, knobs_of
 
@@ -174,6 +174,8 @@ def _finish(raw: dict, methods, env, size) -> Job:
         "seed": seed,
         "runs": str(raw.get("runs") or "runs"),
     }
+    if env.card.get("data") and config["env"].get("source") == "auto":  # the record tells which data it were
+        config["env"]["source"] = places.choose_source(config["env"]["dataset"], config["env"]["data_size"])
     config = json.loads(json.dumps(config))  # tuples become lists, as they will be read back
     return Job(config, methods, env, identity(config))
 

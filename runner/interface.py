@@ -11,6 +11,7 @@ random number generators. Nothing else may exist, or a killed run could not cont
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from runner.draws import Draws
 from runner.knobs import knob  # noqa: F401  (methods and worlds import it from here)
+from runner.places import data_root, minari_root, own_id  # noqa: F401
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +107,11 @@ class Method(nn.Module):
         """observation (n, observation_size) -> action (n, action_size); the world clips it to [-1, 1]. Where actions
         are numbers (Spec.actions): (n,), whole numbers."""
         raise NotImplementedError(f"{type(self).__name__} does not act")
+
+    def assess(self, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor] | None:
+        """For worlds that know true values: Q(s, a) (critics, n) and the features below it (critics, n, width); None for a
+        method without critics."""
+        return None
 
     def extra_state(self) -> dict:
         """State besides modules and optimisers: plain values and tensors."""
@@ -204,6 +211,13 @@ class Stream:
         """Take back rows saved before; `first` is the number of the first of them."""
 
 
+class Trained(NamedTuple):
+    """A finished run as World.collect gets it: the method with its final weights, the stream as it stood at the end."""
+
+    method: Method
+    stream: Stream
+
+
 class World:
     """An environment or a data set, and the yardstick: evaluation belongs to the world."""
 
@@ -222,6 +236,15 @@ class World:
 
     def stream(self, method: Method, kind: str, seed: int) -> Stream:
         """The batches of one kind (a method's card `needs` it, the env's card `provides` it)."""
+        raise NotImplementedError
+
+    def provenance(self) -> dict:
+        """What a record should name beside the config, such as the data set that was read and its digest; plain values."""
+        return {}
+
+    def collect(self, runs: dict[str, Trained], folder: Path) -> dict:
+        """Make a data set in the empty `folder` from the runs that the env's recipe names (runner/data.py); returns its
+        statistics: transitions, episodes, digest, return."""
         raise NotImplementedError
 
     def validate(self, method: Method) -> dict[str, float]:

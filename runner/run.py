@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 
 from runner import catalogue
+from runner import data as datasets
 from runner import record as records
 from runner.compose import Job
 from runner.errors import UserError
@@ -155,6 +156,8 @@ def execute(job: Job, *, force=False, fork=False, quiet=False, command="", fabri
     if rank == 0:
         _check_members(job)
     records.require_space(folder)
+    if not several:  # the processes of one run find it made (cli._run)
+        datasets.ensure(job, quiet)
     os.environ.setdefault("OMP_NUM_THREADS", str(job.config["hardware"]["threads"]))
     import torch
 
@@ -250,6 +253,8 @@ def _train(job, folder, fabric, method, world, stream, stack, quiet, command, be
                   "versions": records.versions(), **records.commit(catalogue.ROOT), "device": str(fabric.device),
                   "world_size": fabric.world_size, "graph": graph, "started": previous.get("started", records.now()),
                   "attempts": previous.get("attempts", 0) + 1}
+        if world.provenance():
+            shared["data"] = world.provenance()
         if stack:
             shared["batch"] = {"first": job.config["seed"], "seeds": len(jobs), "state": folder.name}
         for one, member in zip(every, jobs):
@@ -392,6 +397,7 @@ def load_run(folder: Path, book, overrides: list[str] = ()):
         job.config["method"], job.config["seed"] = run["config"]["method"], run["config"]["seed"]
     job.config["hardware"] = {**job.config["hardware"], "seeds": 1}
     torch.set_num_threads(job.config["hardware"]["threads"])
+    datasets.ensure(job, quiet=True)
     method, world, _ = assemble(job)
     try:
         tensors = load_file(weights)

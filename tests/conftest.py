@@ -29,7 +29,7 @@ class Result(NamedTuple):
 def _clean_environment(monkeypatch, home: Path):
     for name in [n for n in os.environ if n.startswith(("WANDB", "SLURM"))]:
         monkeypatch.delenv(name)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "FORCE_COLOR", "CLICOLOR_FORCE"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "FORCE_COLOR", "CLICOLOR_FORCE", "BALLAST_DATA", "MINARI_DATASETS_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # whoever tries the network fails at once
     monkeypatch.setenv("HOME", str(home))

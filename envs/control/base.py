@@ -118,7 +118,7 @@ class ControlWorld(World):
         `told`: sums over each episode of what the copies tell about steps beside the reward (their `told`)."""
         copies = copies or self.copies(episodes)
         observation = np.stack([copies.reset(i, seed + i) for i in range(episodes)])
-        returns, lengths = np.zeros(episodes), np.zeros(episodes)
+        returns, lengths, ended = np.zeros(episodes), np.zeros(episodes), np.zeros(episodes, dtype=bool)
         alive, seen, chosen = list(range(episodes)), [], []
         told = {k: np.zeros(episodes) for k in getattr(copies, "told", {})}
         while alive:
@@ -131,6 +131,7 @@ class ControlWorld(World):
                 observation[i], reward, terminated, truncated = copies.step(i, action)
                 returns[i] += reward
                 lengths[i] += 1
+                ended[i] = terminated
                 for name, sums in told.items():
                     sums[i] += copies.told[name][i]
                 if not (terminated or truncated):
@@ -138,7 +139,7 @@ class ControlWorld(World):
             alive = still
         copies.close()
         return {"returns": torch.from_numpy(returns), "lengths": torch.from_numpy(lengths),
-                "observations": torch.cat(seen), "actions": torch.cat(chosen),
+                "terminated": torch.from_numpy(ended), "observations": torch.cat(seen), "actions": torch.cat(chosen),
                 "told": {k: torch.from_numpy(v) for k, v in told.items()}}
 
     def _summary(self, played) -> dict[str, float]:

@@ -14,6 +14,8 @@ from runner.interface import Method, Stream
 
 
 class Replay(Stream):
+    lookahead = 1  # a step is played before every batch
+
     def __init__(self, copies, method: Method, config, seed: int, device: torch.device):
         self.copies, self.method, self.device, self.config = copies, method, device, config
         s, a = copies.observation_size, copies.action_size
@@ -24,13 +26,15 @@ class Replay(Stream):
         self.total = 0          # transitions ever added
         self.env_steps = 0
         self.generator = torch.Generator().manual_seed(seed)
+        self.index = torch.zeros(config.batch_size, dtype=torch.int64, device=device)  # rows of the batch that is ready
+        self.taken = 0
         self.numbers = np.random.default_rng(seed)
         self.start = [int(x) for x in self.numbers.integers(2**31, size=len(copies.envs))]
         self.observation: np.ndarray | None = None  # (copies, S)
         self.episode_return = [0.0] * len(copies.envs)
         self.last_return = float("nan")
 
-    def next(self) -> dict[str, Tensor]:
+    def ready(self, number: int):
         if self.observation is None:
             self.observation = np.stack([self.copies.reset(i, s) for i, s in enumerate(self.start)])
             while self.env_steps < self.config.start_steps:
@@ -39,7 +43,8 @@ class Replay(Stream):
         for _ in range(self.config.steps_per_update):
             seen = torch.from_numpy(self.observation).to(self.device, torch.float32)
             self._play(self.method.act(seen, explore=True).cpu().numpy())
-        return self._sample()
+        filled = min(self.total, self.config.capacity)
+        self.index.copy_(torch.randint(filled, (self.config.batch_size,), generator=self.generator))
 
     def _play(self, actions: np.ndarray):
         """One step in every copy; actions (copies, A)."""
@@ -65,10 +70,9 @@ class Replay(Stream):
         self.total += n
         self.env_steps += n
 
-    def _sample(self) -> dict[str, Tensor]:
-        filled = min(self.total, self.config.capacity)
-        index = torch.randint(filled, (self.config.batch_size,), generator=self.generator)
-        rows = self.rows.index_select(0, index.to(self.device))
+    def take(self) -> dict[str, Tensor]:
+        self.taken += 1
+        rows = self.rows.index_select(0, self.index)
         observation, action, reward, terminated, after = rows.split(self.widths, 1)
         return {"observation": observation, "action": action, "reward": reward.squeeze(1),
                 "terminated": terminated.squeeze(1), "next_observation": after}

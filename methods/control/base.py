@@ -192,6 +192,10 @@ class ActorCritic(Method):
             action = action.add(noise).clamp_(-1, 1)
         return action
 
+    @torch.no_grad()
+    def assess(self, observation: Tensor, action: Tensor):
+        return self.critics(self.observe(observation), action)
+
     def export(self):
         return export_policy(self, self.actor)
 

@@ -76,7 +76,7 @@ def test_cards_of_methods(entry):
 @pytest.mark.parametrize("entry", ENVS, ids=by_name)
 def test_cards_of_envs(entry):
     assert entry.card.get("title") and entry.card.get("summary") and entry.provides
-    assert set(entry.card) <= {"title", "summary", "provides", "world", "kind", "paper"}
+    assert set(entry.card) <= {"title", "summary", "provides", "world", "kind", "paper", "data"}
     assert entry.source.is_file()
     assert set(entry.sizes) <= set(BOOK.names("size"))
     for size in entry.sizes.values():

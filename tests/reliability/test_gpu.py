@@ -1,0 +1,87 @@
+"""On a GPU: captured updates are the usual ones, kernels agree with the CPU. Without one this prints NOT EXERCISED."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from runner.catalogue import Catalogue
+from runner.compose import compose
+from runner.draws import BLOCK
+from runner.loop import Loop
+from runner.run import _assemble, make_fabric
+from runner.settings import Loop as Settings
+
+if not torch.cuda.is_available():
+    print("\ntests/reliability/test_gpu.py: NOT EXERCISED, there is no GPU")
+    pytest.skip("no GPU", allow_module_level=True)
+
+BOOK = Catalogue()
+
+
+def capturable() -> list[str]:
+    from runner import catalogue
+
+    return [n for n in BOOK.names("method") if catalogue.load_class(BOOK.get("method", n)).capturable]
+
+
+def train(name, env, seeds, graph, steps):
+    job = compose([f"method={name}", f"env={env}", "size=smoke", "logger=none", "hardware=gpu", f"hardware.seeds={seeds}"], BOOK)
+    fabric = make_fabric(job.config["hardware"])
+    method, world, stream, stack = _assemble(job, fabric)
+    loop = Loop(method, world, stream, Settings(steps=steps, log_every=17), seed=0, fabric=fabric, stack=stack, graph=graph)
+    loop.run()
+    return loop
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize("name", [n for n in capturable() if "offline" in BOOK.get("method", n).needs])
+def test_captured_updates_equal_usual_ones(name, seeds):
+    """Sixty-three updates with and without graphs, events at awkward steps: equal to the bit, or to 1e-5 where a library
+    picks another kernel inside a graph."""
+    env = "pointmass_medium" if "pointmass_medium" in BOOK.fitting(BOOK.methods(name)) else BOOK.fitting(BOOK.methods(name))[0]
+    usual, graphs = train(name, env, seeds, False, 63), train(name, env, seeds, True, 63)
+    assert graphs.graphs.graphs, "nothing was captured"
+    for key, value in usual.method.state_dict().items():
+        torch.testing.assert_close(graphs.method.state_dict()[key], value, rtol=1e-5, atol=1e-6, msg=lambda m: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("name", ["td3", "sac"])
+def test_captured_online_training_equals_usual_training(name):
+    usual, graphs = (train(name, "pointmass", 1, g, 63) for g in (False, True))
+    assert len(graphs.graphs.graphs) == BLOCK
+    for key, value in usual.method.state_dict().items():
+        torch.testing.assert_close(graphs.method.state_dict()[key], value, rtol=1e-4, atol=1e-5, msg=lambda m: f"{key}: {m}")
+
+
+def test_updates_never_wait_for_the_host():
+    for name in capturable():
+        if "offline" not in BOOK.get("method", name).needs:
+            continue
+        fits = BOOK.fitting(BOOK.methods(name))
+        env = "pointmass_medium" if "pointmass_medium" in fits else fits[0]
+        job = compose([f"method={name}", f"env={env}", "size=smoke", "logger=none", "hardware=gpu"], BOOK)
+        method, _, stream, _ = _assemble(job, make_fabric(job.config["hardware"]))
+        method.update(stream.next())
+        method.updates += 1
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            method.update(stream.next())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("rows", "queries", "width"), [(1000, 256, 23), (77, 3, 5), (100_003, 256, 23), (5, 1, 9)])
+def test_the_kernel_finds_the_nearest_rows(rows, queries, width):
+    from methods.control.neighbours import Neighbours
+
+    generator = torch.Generator().manual_seed(rows)
+    data, asked = (torch.randn(n, width, generator=generator) for n in (rows, queries))
+    data[rows // 2] = data[0]  # equal rows: the first is meant
+    asked[0] = data[0]
+    exact = torch.cdist(asked.double(), data.double())
+    found = Neighbours(data.cuda()).nearest(asked.cuda()).cpu().squeeze(1)
+    assert found[0] == 0
+    best = exact.min(1).values
+    assert torch.allclose(exact.gather(1, found[:, None]).squeeze(1), best, rtol=1e-6, atol=1e-7)
+    assert (found == exact.argmin(1)).float().mean() > 0.99
