@@ -44,6 +44,15 @@ class Metric(NamedTuple):
     help: str = ""
 
 
+class Feed(NamedTuple):
+    """What a stream of kind `mixed` (a data set, then online play) does before the next update, and hands out for it."""
+
+    steps: int = 0          # environment steps to play with the method's own actions
+    stored: float = 1.0     # share of the batch that comes from the data set
+    start: bool = False     # first play the env's `start_steps` uniformly random steps
+    copied: int = 0         # transitions of the data set to put among the online ones
+
+
 class Engine:
     """How gradients are made and shared. The loop puts its own in place; this one serves a single process."""
 
@@ -72,6 +81,7 @@ class Method(nn.Module):
     batchable = False
     capturable = False
     period = 1                       # the course of an update depends on its number modulo this (and on stage())
+    batches = 1                      # of the world's batch size that make up the next update's batch (its first axis of rows)
 
     def __init__(self, config):
         super().__init__()
@@ -102,6 +112,14 @@ class Method(nn.Module):
     def stage(self) -> int:
         """Number of the phase that the next update belongs to, for methods whose work changes in the course of training."""
         return 0
+
+    def feed(self) -> Feed:
+        """For streams of kind `mixed`: a function of `updates` and the settings alone."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how stored and online data mix")
+
+    def inspect(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the method believes of given transitions (value, td_error, …), scalars; a world may log it."""
+        return {}
 
     def act(self, observation: Tensor, explore: bool) -> Tensor:
         """observation (n, observation_size) -> action (n, action_size); the world clips it to [-1, 1]. Where actions

@@ -3,6 +3,9 @@
 Provides `transitions` (play and replay, for online RL), `rollouts` (play in order, for on-policy RL) and, where a teacher is
 at hand, `candidates` (lists of actions scored by the teacher on states that it visits, for distillation by preferences).
 
+A world with a data set (`columns`) provides `offline`, and `mixed`: the data set first, then online play; for that it
+measures how far return and values fall after the switch (`dip`, `value_fall`; see envs/control/mixed.py).
+
 Gold metric: the undiscounted return of the deterministic policy, mean over `episodes` episodes with fixed start states.
 Beside it always stand the returns of a uniformly random policy and of the all-zero action: a policy below them has
 learned nothing (HalfCheetah: random about -300, zero about 0).
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor
 
 from envs.control.distillation import Distillation, divergences, ndcg
+from envs.control.mixed import Mixed
 from envs.control.replay import Replay
 from envs.control.rollouts import Rollouts
 from envs.control.stored import Stored
@@ -45,12 +49,17 @@ class ControlWorld(World):
         from_teacher: int = knob(8, "candidates drawn from the teacher", low=0, source="project's choice")
         from_student: int = knob(4, "candidates drawn from the student as it is", low=0, source="project's choice")
         from_uniform: int = knob(4, "candidates drawn uniformly from [-1, 1]^A", low=0, source="project's choice")
+        probe_steps: int = knob(0, "kind mixed: online steps between two evaluations from the switch on, for `dip`; 0: none",
+                                low=0)
         passes: int = knob(1, "updates made on each candidate batch; on-policy anchors need at least 2", low=1)
 
     metrics = {
         "return": Metric("max", "reward", "undiscounted return of the deterministic policy"),
         "return_std": Metric("none", "reward", "standard deviation over episodes"),
         "episode_length": Metric("none", "steps"),
+        "dip": Metric("min", "reward", "fall of the return below its value at the switch to online play, at its deepest"),
+        "online_return": Metric("max", "reward", "mean return from the switch on, over the probes"),
+        "value_fall": Metric("min", "reward", "fall of the mean value of stored transitions below that at the switch"),
         "kl_teacher_student": Metric("min", "nats", "KL(teacher || student) on held-out teacher states"),
         "kl_student_teacher": Metric("min", "nats", "KL(student || teacher) on held-out teacher states"),
         "kl_on_student_states": Metric("min", "nats", "KL(teacher || student) on states that the student visits"),
@@ -65,6 +74,7 @@ class ControlWorld(World):
                           actions=getattr(probe, "actions", None), costs=getattr(probe, "costs", 0))
         probe.close()
         self._distillation: Distillation | None = None
+        self._mixed: Mixed | None = None
 
     # -- what a world of this kind brings
     def copies(self, number: int, **options):
@@ -88,13 +98,21 @@ class ControlWorld(World):
         if kind == "offline":
             columns = self.columns()
             columns["reward"] = columns["reward"] * c.reward_scale
-            return Stored(columns, c.batch_size, seed, self.device)
+            return Stored(columns, c.batch_size * method.batches, seed, self.device)
         if isinstance(seed, list):
             raise UserError(f"batches of kind '{kind}' are made for one seed at a time: hardware.seeds goes with stored data\n"
                             "sweep over seeds instead: -m seed=0,1,…")
         if kind == "candidates":
             self._distillation = self._distil(seed)
             return self._distillation.stream(method, seed)
+        if kind == "mixed":
+            columns = self.columns()
+            columns["reward"] = columns["reward"] * c.reward_scale
+            self._mixed = Mixed(self.copies(c.copies), columns, method, c, seed, self.device, self._probe)
+            return self._mixed
+        if kind != "rollouts" and self._spec.actions is not None:
+            raise UserError(f"this environment has {self._spec.actions} discrete actions; batches of kind '{kind}' are for "
+                            "bounded real vectors\nmethods that learn from rollouts can play it: method=ppo")
         if kind == "rollouts":
             return Rollouts(self.copies(c.copies), method, c, seed, self.device)
         return Replay(self.copies(c.copies), method, c, seed, self.device)
@@ -150,6 +168,8 @@ class ControlWorld(World):
     def evaluate(self, method: Method, seed: int):
         played = self.play(lambda o: method.act(o, explore=False), self.config.episodes, EVALUATION_SEED)
         result = self._summary(played)
+        if self._mixed is not None:
+            result.update(self._mixed.summary())
         data = self._distillation
         if data is not None:
             result.update(divergences(method, data.teacher, data.held_out))
@@ -157,6 +177,11 @@ class ControlWorld(World):
             result["kl_on_student_states"] = on_student["kl_teacher_student"]
             result["ndcg"] = ndcg(method, data.teacher, data.held_out, seed)
         return result
+
+    def _probe(self, method: Method) -> float:
+        """The return of the deterministic policy, on the evaluation's own start states."""
+        played = self.play(lambda o: method.act(o, explore=False), self.config.episodes, EVALUATION_SEED)
+        return played["returns"].mean().item()
 
     def validate(self, method: Method):
         if self._distillation is None:

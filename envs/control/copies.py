@@ -45,19 +45,24 @@ class Copies:
     numbers to choose from: `actions` says how many, and `action_size` is None."""
 
     def __init__(self, env_id: str, number: int, numbered: bool = False, **options):
+        from gymnasium.spaces import Box, Discrete
+
         self.envs = [make(env_id, **options) for _ in range(number)]
         box = self.envs[0].action_space
-        if getattr(self.envs[0].observation_space, "shape", None) in (None, ()):
-            raise UserError(f"env '{env_id}' has the observation space {self.envs[0].observation_space}: a real vector is "
-                            "needed; gymnasium.wrappers.FlattenObservation makes one")
-        self.observation_size = int(np.prod(self.envs[0].observation_space.shape))
         self.actions = self.action_size = None
-        if numbered and hasattr(box, "start"):  # Discrete
+        if not isinstance(self.envs[0].observation_space, Box) or not isinstance(box, (Box, Discrete)):
+            raise UserError(f"env '{env_id}': observations must be vectors, and actions vectors or numbers; it has "
+                            f"{self.envs[0].observation_space} and {box}\ngymnasium.wrappers.FlattenObservation makes a vector")
+        self.observation_size = int(np.prod(self.envs[0].observation_space.shape))
+        if isinstance(box, Discrete):
+            if not numbered:
+                raise UserError(f"env '{env_id}' has numbered actions ({box}), where vectors are needed\n"
+                                "methods that learn from rollouts (ppo) take it: env=cartpole env.id=" + env_id)
             self.actions, self.first = int(box.n), int(box.start)
             return
-        if not hasattr(box, "low") or not (np.isfinite(box.low).all() and np.isfinite(box.high).all()):
-            raise UserError(f"env '{env_id}' has the action space {box}: bounded real vectors are needed, to which [-1, 1] "
-                            "can be scaled\nregister a version of it with a bounded space (gymnasium.wrappers.TransformAction)")
+        if not (np.isfinite(box.low).all() and np.isfinite(box.high).all()):
+            raise UserError(f"env '{env_id}' has an unbounded action space ({box}): actions in [-1, 1] cannot be scaled to it\n"
+                            "wrap it with gymnasium.wrappers.RescaleAction or give its Box finite bounds")
         self.low, self.high = box.low.astype(np.float64), box.high.astype(np.float64)
         self.action_size = int(np.prod(box.shape))
         self.unit = bool(np.all(self.low == -1) and np.all(self.high == 1))

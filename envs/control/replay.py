@@ -1,7 +1,8 @@
 """Online experience: play, remember, sample. The stream of kind `transitions`.
 
-Each next() plays `steps_per_update` steps in every copy of the environment and returns one batch drawn uniformly, with
-replacement, from the last `capacity` transitions. The first next() plays `start_steps` uniformly random steps.
+Each next() plays `steps_per_update` steps in every copy of the environment and returns the method's `batches` (one, as a
+rule) of `batch_size`, drawn uniformly, with replacement, from the last `capacity` transitions. The first next() plays
+`start_steps` uniformly random steps.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Replay(Stream):
         self.total = 0          # transitions ever added
         self.env_steps = 0
         self.generator = torch.Generator().manual_seed(seed)
-        self.index = torch.zeros(config.batch_size, dtype=torch.int64, device=device)  # rows of the batch that is ready
+        # rows of the batch that is ready
+        self.index = torch.zeros(config.batch_size * method.batches, dtype=torch.int64, device=device)
         self.taken = 0
         self.numbers = np.random.default_rng(seed)
         self.start = [int(x) for x in self.numbers.integers(2**31, size=len(copies.envs))]
@@ -36,15 +38,23 @@ class Replay(Stream):
 
     def ready(self, number: int):
         if self.observation is None:
-            self.observation = np.stack([self.copies.reset(i, s) for i, s in enumerate(self.start)])
-            while self.env_steps < self.config.start_steps:
-                shape = (len(self.copies.envs), self.copies.action_size)
-                self._play(self.numbers.uniform(-1, 1, shape).astype(np.float32))
+            self._begin(self.config.start_steps)
         for _ in range(self.config.steps_per_update):
-            seen = torch.from_numpy(self.observation).to(self.device, torch.float32)
-            self._play(self.method.act(seen, explore=True).cpu().numpy())
+            self._act()
         filled = min(self.total, self.config.capacity)
-        self.index.copy_(torch.randint(filled, (self.config.batch_size,), generator=self.generator))
+        self.index.copy_(torch.randint(filled, self.index.shape, generator=self.generator))
+
+    def _begin(self, random_steps: int):
+        """The first episodes; `random_steps` uniformly random steps."""
+        self.observation = np.stack([self.copies.reset(i, s) for i, s in enumerate(self.start)])
+        while self.env_steps < random_steps:
+            shape = (len(self.copies.envs), self.copies.action_size)
+            self._play(self.numbers.uniform(-1, 1, shape).astype(np.float32))
+
+    def _act(self):
+        """One step of the method's own in every copy."""
+        seen = torch.from_numpy(self.observation).to(self.device, torch.float32)
+        self._play(self.method.act(seen, explore=True).cpu().numpy())
 
     def _play(self, actions: np.ndarray):
         """One step in every copy; actions (copies, A)."""
@@ -61,18 +71,24 @@ class Replay(Stream):
                 self.last_return, self.episode_return[i] = self.episode_return[i], 0.0
                 after = self.copies.reset(i)
             self.observation[i] = after
-        n, capacity = len(actions), self.config.capacity
+        self._remember(self.staged)
+        self.env_steps += len(actions)
+
+    def _remember(self, rows: Tensor):
+        """rows (n, widths), the newest last; n up to the capacity."""
+        n, capacity = len(rows), self.config.capacity
         begin = self.total % capacity
         if begin + n <= capacity:
-            self.rows[begin:begin + n] = self.staged
+            self.rows[begin:begin + n] = rows
         else:
-            self.rows[(torch.arange(n) + begin) % capacity] = self.staged.to(self.device)
+            self.rows[(torch.arange(n) + begin) % capacity] = rows.to(self.device)
         self.total += n
-        self.env_steps += n
 
     def take(self) -> dict[str, Tensor]:
         self.taken += 1
-        rows = self.rows.index_select(0, self.index)
+        return self._columns(self.rows.index_select(0, self.index))
+
+    def _columns(self, rows: Tensor) -> dict[str, Tensor]:
         observation, action, reward, terminated, after = rows.split(self.widths, 1)
         return {"observation": observation, "action": action, "reward": reward.squeeze(1),
                 "terminated": terminated.squeeze(1), "next_observation": after}

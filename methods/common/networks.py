@@ -6,6 +6,8 @@ and a network's state is the stack of the states that single-seed networks would
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -169,6 +171,24 @@ def adam(parameters, learning_rate: float, **options) -> torch.optim.Adam:
     kind = torch.optim.AdamW if options.get("weight_decay") else torch.optim.Adam
     cuda = parameters[0].is_cuda
     return kind(parameters, lr=learning_rate, fused=True, **({"capturable": True} if cuda else {}), **options)
+
+
+class CosineRate(nn.Module):
+    """A learning rate that falls from `start` to 0 over `steps` updates: start (1 + cos(pi t / steps)) / 2. Kept as tensors,
+    because a captured CUDA graph cannot read Python's counter of updates."""
+
+    def __init__(self, start: float, steps: int):
+        super().__init__()
+        self.start, self.steps = start, steps
+        self.register_buffer("made", torch.zeros(()))
+        self.register_buffer("rate", torch.tensor(float(start)))
+
+    def drive(self, optimizer: torch.optim.Optimizer):
+        """Set the rate of this update's step, and count it."""
+        self.rate.copy_((self.made / self.steps).clamp(max=1.0).mul(math.pi).cos().add(1).mul(0.5 * self.start))
+        self.made.add_(1)
+        for group in optimizer.param_groups:
+            group["lr"] = self.rate  # again every time: loading an optimiser's state puts a copy there
 
 
 class frozen:

@@ -13,6 +13,8 @@ One update, by its parts (a method overrides one to three of them):
     7. actor_loss      L_pi = - mean_B Q_1(s, a)
     8. actor_penalty   added to L_pi; zero here                                        (additive)
     9. update_targets  pi', Q' <- Polyak average with rate `target_rate`
+   before an update, for batches of kind `mixed` alone:
+   10. feed            how many environment steps are played, and which share of the batch is stored data
 
 d is 1 for a true termination only, never for a time limit. Actions lie in [-1, 1]; the world scales them. Batches are
 (B, …), or (seeds, B, …) when several seeds are trained at once: count axes from the end.
@@ -56,9 +58,10 @@ class ActorCritic(Method):
         actor_delay: int = knob(1, "critic updates per actor (and target) update", low=1)
 
     PARTS = ("next_action", "target", "pessimism", "critic_loss", "critic_penalty", "update_models", "actor_sample",
-             "actor_loss", "actor_penalty", "update_targets")
+             "actor_loss", "actor_penalty", "update_targets", "feed")
     ADDITIVE = ("update_models", "critic_penalty", "actor_penalty")
     batchable = capturable = True
+    part = 0  # which of an update's batches is at work; each draws numbers of its own
 
     @property
     def period(self):
@@ -110,8 +113,18 @@ class ActorCritic(Method):
         return (observation - self.offset) / self.scale if hasattr(self, "offset") else observation
 
     # -- the algorithm
+    def noise(self, name, shape, kind="normal"):
+        return super().noise(f"{name}/{self.part}" if self.part else name, shape, kind)
+
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch: observation, next_observation (B, S), action (B, A), reward, terminated (B,)."""
+        metrics = self.update_critics(batch)
+        if (self.updates + 1) % self.config.actor_delay == 0:
+            metrics |= self.update_actor(batch)
+            self.update_targets()
+        return metrics
+
+    def update_critics(self, batch) -> dict[str, Tensor]:
         with torch.no_grad():
             target = self.target(batch)
         values, features = self.critics(batch["observation"], batch["action"])
@@ -119,11 +132,7 @@ class ActorCritic(Method):
         penalty = self.critic_penalty(batch, values, features)
         self.minimise(loss if penalty is None else loss + penalty, "critics")
         metrics = {"critic_loss": loss.detach(), "value": values.detach().mean((-2, -1))}
-        metrics |= self.update_models(batch) or {}
-        if (self.updates + 1) % self.config.actor_delay == 0:
-            metrics |= self.update_actor(batch)
-            self.update_targets()
-        return metrics
+        return metrics | (self.update_models(batch) or {})
 
     def update_actor(self, batch) -> dict[str, Tensor]:
         with frozen(self._critics):
@@ -180,6 +189,15 @@ class ActorCritic(Method):
         polyak(self._targets, self._online, self.config.target_rate)
 
     # -- what a world asks for
+    @torch.no_grad()
+    def inspect(self, batch) -> dict[str, Tensor]:
+        """Mean value, and mean squared error to a target at the policy's mode that draws nothing."""
+        action = self.mode(batch["next_observation"])
+        after = self.target_critics(batch["next_observation"], action)[0].amin(-2)
+        target = batch["reward"] + self.config.discount * (1 - batch["terminated"]) * after
+        values = self.critics(batch["observation"], batch["action"])[0]
+        return {"value": values.mean((-2, -1)), "td_error": (values - target.unsqueeze(-2)).square().mean((-2, -1))}
+
     def mode(self, observation: Tensor) -> Tensor:
         """The deterministic policy, of observations as the networks know them."""
         return self.actor(observation)

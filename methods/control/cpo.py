@@ -14,9 +14,9 @@ TRPO's step (methods/control/trpo.py) under linearised constraints, one per cost
 | delta | max_kl |
 
 The search takes a trial if KL <= delta, no cost rises by more than its slack -c_j, the violated ones do not rise in sum, and,
-where none is violated, the loss falls. cost_limit < 0 means no constraint: TRPO. Differences from the official code (jachiam/cpo): the
-limit bounds the undiscounted cost of whole episodes; there is no shaping of costs; several constraints are solved for at
-once, by trying which of them are active.
+where none is violated, the loss falls. cost_limit < 0 means no constraint: TRPO. Differences from the official code
+(jachiam/cpo): the limit bounds the undiscounted cost of whole episodes; there is no shaping of costs; several constraints are
+solved for at once, by trying which of them are active.
 """
 
 from __future__ import annotations

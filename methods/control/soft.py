@@ -17,7 +17,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from methods.common.networks import adam, describe_mlp
+from methods.common.networks import Critics, adam, describe_mlp
 from methods.common.policies import TanhGaussian
 from methods.control.base import ActorCritic, Sample
 from runner.interface import Spec, knob
@@ -33,9 +33,18 @@ class SoftActorCritic(ActorCritic):
         temperature_learning_rate: float = knob(3e-4, "Adam's, for log alpha; 0: alpha stays", low=0.0, source="SAC")
         target_entropy: float = knob(-1.0, "H per action dimension", source="SAC", when={"temperature_learning_rate": 3e-4})
         backup_entropy: bool = knob(True, "whether the target holds the entropy term")
+        layer_norm: str = knob("none", "which networks normalise the outputs of their hidden layers",
+                               choices=["none", "critics", "all"])
 
     def make_actor(self, spec: Spec):
-        return TanhGaussian(spec.observation_size, spec.action_size, self.config.hidden, seeds=spec.seeds)
+        c = self.config
+        return TanhGaussian(spec.observation_size, spec.action_size, c.hidden, seeds=spec.seeds,
+                            layer_norm=c.layer_norm == "all")
+
+    def make_critics(self, spec: Spec):
+        c = self.config
+        return Critics(c.critics, spec.observation_size, spec.action_size, c.hidden, seeds=spec.seeds,
+                       layer_norm=c.layer_norm != "none")
 
     def make_targets(self):
         shape = () if self.spec.seeds is None else (self.spec.seeds,)
@@ -67,10 +76,14 @@ class SoftActorCritic(ActorCritic):
         return (self.alpha.detach() * sample.log_prob - values.amin(-2)).mean(-1)
 
     # -- the temperature
+    def temperature(self) -> Tensor:
+        """alpha: () or (seeds,), with gradient"""
+        return self.log_temperature.exp()
+
     @property
     def alpha(self) -> Tensor:
-        """(…, 1) with seeds, () without"""
-        alpha = self.log_temperature.exp()
+        """… as it multiplies batches: (seeds, 1) or ()"""
+        alpha = self.temperature()
         return alpha.unsqueeze(-1) if alpha.dim() else alpha
 
     def after_actor(self, batch, sample: Sample) -> dict[str, Tensor]:
@@ -78,8 +91,8 @@ class SoftActorCritic(ActorCritic):
         if self.config.temperature_learning_rate > 0:
             size = sample.action.shape[-1]
             surplus = sample.log_prob.detach().mean(-1) + self.config.target_entropy * size
-            self.minimise(-self.log_temperature.exp() * surplus, "temperature")
-        return metrics | {"temperature": self.log_temperature.detach().exp(), "entropy": -sample.log_prob.detach().mean(-1)}
+            self.minimise(-self.temperature() * surplus, "temperature")
+        return metrics | {"temperature": self.temperature().detach(), "entropy": -sample.log_prob.detach().mean(-1)}
 
     # -- what a world asks for
     def mode(self, observation: Tensor) -> Tensor:

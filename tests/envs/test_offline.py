@@ -279,7 +279,7 @@ def test_replayed_episodes_are_the_replay_buffers_rows():
     """Two copies, one a while after the other; boundaries, true ends, the running episode left out, rewards unscaled."""
     config = SimpleNamespace(capacity=500, start_steps=100, steps_per_update=1, batch_size=4, copies=2, reward_scale=0.5)
     copies = Copies("InvertedPendulum-v5", 2)
-    method = SimpleNamespace(act=lambda o, explore: torch.zeros(len(o), 1))
+    method = SimpleNamespace(act=lambda o, explore: torch.zeros(len(o), 1), batches=1)
     replay = Replay(copies, method, config, 0, torch.device("cpu"))
     for _ in range(20):
         replay.next()

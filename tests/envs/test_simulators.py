@@ -143,7 +143,11 @@ class Wide(gymnasium.Env):
     action_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,))
 
 
-class Discrete(Wide):
+class Tuples(Wide):
+    action_space = gymnasium.spaces.Tuple([gymnasium.spaces.Discrete(3)])
+
+
+class Numbers(Wide):
     action_space = gymnasium.spaces.Discrete(3)
 
 
@@ -152,7 +156,8 @@ class Named(Wide):
     action_space = gymnasium.spaces.Box(-1, 1, (2,))
 
 
-@pytest.mark.parametrize(("cls", "says"), [(Wide, "bounded real vectors"), (Discrete, "bounded real vectors"),
+@pytest.mark.parametrize(("cls", "says"), [(Wide, "unbounded action space"), (Tuples, "actions vectors or numbers"),
+                                           (Numbers, "numbered actions"),
                                            (Named, "FlattenObservation")])
 def test_spaces_that_do_not_fit_are_refused(cls, says):
     name = f"Ballast{cls.__name__}-v0"

@@ -27,6 +27,11 @@ JOBS = {
     "adpo": ["method=adpo", "env=pointmass", "size=smoke", "loop.steps=900", "loop.select=best", "loop.validate_every=30"],
     "adpo_on_policy": ["method=adpo", "method.anchor=on_policy", "env.passes=3", "env=pointmass", "size=smoke",
                        "loop.steps=900"],
+    # killed before, at and after the switch; the replay wraps around; probes are part of the state
+    "wsrl": ["method=wsrl", "env=pointmass_medium", "size=smoke", "loop.steps=900", "method.offline_updates=300",
+             "method.warmup=100", "env.capacity=400", "env.probe_steps=50", "method.retained=0.25", "method.critics=3",
+             "method.hidden=[16,16]"],
+    "rlpd": ["method=rlpd", "env=pointmass_medium", "size=smoke", "loop.steps=900", "env.copies=2", "method.hidden=[16,16]"],
     "kd": ["method=kd", "env=pointmass", "size=smoke", "loop.steps=900"],
 }
 
