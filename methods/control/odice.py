@@ -11,7 +11,7 @@ over the whole flattened parameter vector; the gradient of (1 - Lambda) mean V(s
 |---|---|
 | Lambda | conservatism |
 | eta | backward_weight; 0: the semi-gradient, which is sdice |
-| gradient | orthogonal, or true: the objective's own gradient, V(s') differentiated, no target network (as OptiDICE) |
+| gradient | orthogonal, or full: the objective's own gradient, V(s') differentiated, no target network (as OptiDICE) |
 
 `cosine` of g_f and g_b and `cancellation` |g| / |g_f| are logged. Differences from the official code (maoliyuan/ODICE-Pytorch):
 none known in the update; rewards are rescaled to a span of returns of 1000 as there, and weight decay is AdamW's.
@@ -36,7 +36,7 @@ def dot(a: list[Tensor], b: list[Tensor], axis: bool) -> Tensor:
 class ODice(ValueDice):
     @dataclasses.dataclass(frozen=True)
     class Config(ValueDice.Config):
-        gradient: str = knob("orthogonal", "projected backward gradient, or the objective's own", choices=["orthogonal", "true"],
+        gradient: str = knob("orthogonal", "projected backward gradient, or the objective's own", choices=["orthogonal", "full"],
                              source="paper, sec. 4")
         backward_weight: float = knob(1.0, "eta: weight of the backward gradient; 0: semi-gradient (sdice)", low=0.0,
                                       source="paper, eq. 9", when={"gradient": "orthogonal"})
@@ -52,7 +52,7 @@ class ODice(ValueDice):
         told = {"value_loss": ((1 - c.conservatism) * mean + forward).detach(), "value": mean.detach()}
         plain = torch.autograd.grad((1 - c.conservatism) * mean.sum(), self._value, retain_graph=True)
         g_f = list(torch.autograd.grad(forward.sum(), self._value))
-        if c.gradient == "true":
+        if c.gradient == "full":
             return [p + f for p, f in zip(plain, g_f)], told
         backward = c.conservatism * c.backward_weight * self.conjugate(self.backward_residual(batch)).mean((-2, -1))
         g_b = list(torch.autograd.grad(backward.sum(), self._value))
