@@ -41,15 +41,13 @@ def _quiet_mujoco():
 
 
 class Copies:
-    """`number` copies of `env_id`; actions in [-1, 1] are scaled to its action space. Where that is a list of `actions`,
-    they are numbers, and `action_size` is None."""
+    """`number` copies of `env_id`; actions in [-1, 1] are scaled to its action space. With `numbered`, actions may also be
+    numbers to choose from: `actions` says how many, and `action_size` is None."""
 
-    def __init__(self, env_id: str, number: int, **options):
-        self.envs = [make(env_id, **options) for _ in range(number)]
+    def __init__(self, env_id: str, number: int, numbered: bool = False, **options):
         from gymnasium.spaces import Box, Discrete
 
-        from runner.errors import UserError
-
+        self.envs = [make(env_id, **options) for _ in range(number)]
         box = self.envs[0].action_space
         self.actions = self.action_size = None
         if not isinstance(self.envs[0].observation_space, Box) or not isinstance(box, (Box, Discrete)):
@@ -57,6 +55,9 @@ class Copies:
                             f"{self.envs[0].observation_space} and {box}\ngymnasium.wrappers.FlattenObservation makes a vector")
         self.observation_size = int(np.prod(self.envs[0].observation_space.shape))
         if isinstance(box, Discrete):
+            if not numbered:
+                raise UserError(f"env '{env_id}' has numbered actions ({box}), where vectors are needed\n"
+                                "methods that learn from rollouts (ppo) take it: env=cartpole env.id=" + env_id)
             self.actions, self.first = int(box.n), int(box.start)
             return
         if not (np.isfinite(box.low).all() and np.isfinite(box.high).all()):

@@ -170,7 +170,7 @@ class Dosing(ControlWorld):
     @dataclasses.dataclass(frozen=True)
     class Config(ControlWorld.Config):
         logged_steps: int = knob(5000, "steps of the log", low=100)
-        simulator: str = knob("nearest", "where playing methods learn", choices=["nearest", "true"])
+        simulator: str = knob("nearest", "where playing methods learn", choices=["nearest", "exact"])
 
     metrics = {
         "return": Metric("max", "reward", "undiscounted return of the deterministic policy in the true dynamics"),

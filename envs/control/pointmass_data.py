@@ -24,17 +24,39 @@ from runner.interface import Metric, knob
 DATA_SEED = 4242
 
 
-class PointMassData(PointMass):
-    @dataclasses.dataclass(frozen=True)
-    class Config(PointMass.Config):
-        data: str = knob("medium", "which data set", choices=["medium", "mix", "replay"], source="project's choice")
-        data_episodes: int = knob(200, "episodes of 100 steps in it", low=1, source="project's choice")
+class ScoredPointMass(PointMass):
+    """PointMass with returns put between those of uniform actions and of the teacher."""
 
     metrics = {
         **PointMass.metrics,
         "score": Metric("max", "", "return, 0 for uniform actions and 100 for the teacher"),
         "log_regret": Metric("min", "log10 reward", "log10(1 + J_teacher - J)"),
     }
+
+    def evaluate(self, method, seed):
+        result = super().evaluate(method, seed)
+        bounds = self._bounds()
+        low, high = bounds["random policy"]["return"], bounds["teacher"]["return"]
+        result["score"] = 100 * (result["return"] - low) / (high - low)
+        result["log_regret"] = math.log10(1 + max(0.0, high - result["return"]))
+        return result
+
+    def _bounds(self) -> dict[str, dict[str, float]]:
+        if not hasattr(self, "_known"):
+            mean = self.teacher().mean
+            self._known = {"teacher": self._summary(self.play(mean, self.config.episodes, EVALUATION_SEED)),
+                           **super().references(0)}
+        return self._known
+
+    def references(self, seed: int):
+        return self._bounds()
+
+
+class PointMassData(ScoredPointMass):
+    @dataclasses.dataclass(frozen=True)
+    class Config(ScoredPointMass.Config):
+        data: str = knob("medium", "which data set", choices=["medium", "mix", "replay"], source="project's choice")
+        data_episodes: int = knob(200, "episodes of 100 steps in it", low=1, source="project's choice")
 
     def columns(self) -> dict[str, Tensor]:
         c, generator = self.config, np.random.default_rng(DATA_SEED)
@@ -67,21 +89,3 @@ class PointMassData(PointMass):
         start[:, 0] = 1
         return {"observation": observation, "action": action, "reward": reward, "terminated": torch.zeros(len(reward)),
                 "next_observation": after, "start": start.flatten()}
-
-    def evaluate(self, method, seed):
-        result = super().evaluate(method, seed)
-        bounds = self._bounds()
-        low, high = bounds["random policy"]["return"], bounds["teacher"]["return"]
-        result["score"] = 100 * (result["return"] - low) / (high - low)
-        result["log_regret"] = math.log10(1 + max(0.0, high - result["return"]))
-        return result
-
-    def _bounds(self) -> dict[str, dict[str, float]]:
-        if not hasattr(self, "_known"):
-            mean = self.teacher().mean
-            self._known = {"teacher": self._summary(self.play(mean, self.config.episodes, EVALUATION_SEED)),
-                           **super().references(0)}
-        return self._known
-
-    def references(self, seed: int):
-        return self._bounds()

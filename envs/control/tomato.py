@@ -78,7 +78,7 @@ class TomatoCopies:
     def __init__(self, number: int, reward: str = "proxy"):
         self.reward, self.envs = reward, range(number)
         self.state = np.zeros((number, 4), dtype=np.int64)  # cell, watered, visited, steps
-        self.told = {k: np.zeros(number) for k in ("true", "proxy", "bucket")}  # of the last step
+        self.told = {k: np.zeros(number) for k in ("gold", "proxy", "bucket")}  # of the last step
 
     def observe(self, index) -> np.ndarray:
         cell, watered, visited, _ = self.state[index]
@@ -96,7 +96,7 @@ class TomatoCopies:
         on_bucket = cell == BUCKET
         self.state[index] = cell, watered, visited or on_bucket, steps + 1
         true = UNIT * int(watered).bit_count()
-        for name, value in (("true", true), ("proxy", ON_BUCKET if on_bucket else true), ("bucket", on_bucket)):
+        for name, value in (("gold", true), ("proxy", ON_BUCKET if on_bucket else true), ("bucket", on_bucket)):
             self.told[name][index] = value
         return self.observe(index), float(self.told[self.reward][index]), bool(watered == ALL), bool(steps + 1 >= HORIZON)
 
@@ -142,7 +142,7 @@ class TablePolicy:
 class Tomato(ControlWorld):
     @dataclasses.dataclass(frozen=True)
     class Config(ControlWorld.Config):
-        reward: str = knob("proxy", "what methods learn from", choices=["proxy", "true"])
+        reward: str = knob("proxy", "what methods learn from", choices=["proxy", "gold"])
         reference_noise: float = knob(0.1, "share of uniformly random actions of the reference policy", low=0.0, high=1.0,
                                       source="arXiv 2403.03185")
 
@@ -173,7 +173,7 @@ class Tomato(ControlWorld):
 
     def _summary(self, played):
         told, length = played["told"], played["lengths"]
-        return {"return": told["true"].mean().item(), "return_std": told["true"].std(correction=0).item(),
+        return {"return": told["gold"].mean().item(), "return_std": told["gold"].std(correction=0).item(),
                 "episode_length": length.mean().item(), "bucket_fraction": (told["bucket"].sum() / length.sum()).item(),
                 "proxy_return": told["proxy"].mean().item()}
 

@@ -5,7 +5,7 @@ TRPO's step (methods/control/trpo.py) under linearised constraints, one per cost
     minimise g^T x   s.t.   b_j^T x + c_j <= 0,   x^T H x / 2 <= delta
     c_j = J_Cj - d_j,   b_j = episode length * gradient of mean rho A_Cj
     x = -(H^-1 g + sum_j nu_j H^-1 b_j) / lambda,   (lambda, nu) from the dual
-    no feasible x: x = -sqrt(2 delta / b^T H^-1 b) H^-1 b, for the constraint that is violated most
+    no feasible x: x = -sqrt(2 delta / b^T H^-1 b) H^-1 b, b the sum of the b_j of violated constraints
 
 | symbol | name |
 |---|---|
@@ -13,10 +13,10 @@ TRPO's step (methods/control/trpo.py) under linearised constraints, one per cost
 | J_C | cost_return |
 | delta | max_kl |
 
-The search takes a trial if KL <= delta, no cost rises by more than its slack max(-c_j, 0), and, where no constraint is
-violated, the loss falls. cost_limit < 0 means no constraint: TRPO. Differences from the official code (jachiam/cpo): the
-limit bounds the undiscounted cost of whole episodes; there is no shaping of costs; several constraints are solved for at
-once, by trying which of them are active.
+The search takes a trial if KL <= delta, no cost rises by more than its slack -c_j, the violated ones do not rise in sum, and,
+where none is violated, the loss falls. cost_limit < 0 means no constraint: TRPO. Differences from the official code
+(jachiam/cpo): the limit bounds the undiscounted cost of whole episodes; there is no shaping of costs; several constraints are
+solved for at once, by trying which of them are active.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class CPO(TRPO):
         self.told["feasible"] = torch.tensor(float(weights is not None), device=gradient.device)
         if weights is not None:
             return -(weights.to(solved.dtype) @ solved)
-        own = products.diagonal()[1:].clamp_min(1e-12)
-        worst = (surplus / own.sqrt()).argmax()
-        return -solved[1 + worst] * (2 * delta / own[worst]).sqrt().to(solved.dtype)
+        violated = (surplus > 0).to(solved.dtype)
+        total, direction = violated @ torch.stack(b), violated @ solved[1:]
+        return -direction * (2 * delta / (total @ direction).clamp_min(1e-12)).sqrt()
 
     def rises(self, data, ratio) -> Tensor:
         """(C,): by how much each cost per episode rises under the new policy, to first order."""
@@ -69,9 +69,11 @@ class CPO(TRPO):
     def accepted(self, before, now):
         if not self.constrained:
             return super().accepted(before, now)
-        surplus = self.cost_return - self.limit
-        better = (now[0] < before[0]) | (surplus > 0).any()
-        return better & (now[1] <= self.config.max_kl) & (now[2:] <= (-surplus).clamp_min(0) + 1e-6).all()
+        surplus, rises = self.cost_return - self.limit, now[2:]
+        violated = surplus > 0
+        better = (now[0] < before[0]) | violated.any()
+        held = torch.where(violated, 0.0, rises + surplus).amax() <= 1e-6
+        return better & (now[1] <= self.config.max_kl) & held & ((rises * violated).sum() <= 1e-6)
 
 
 def dual(products: Tensor, surplus: Tensor, delta: float) -> Tensor | None:

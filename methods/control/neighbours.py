@@ -33,7 +33,7 @@ class Neighbours:
             where = where + begin
             if best is not None:
                 near, where = torch.cat([best, near], 1), torch.cat([index, where], 1)
-                near, order = near.sort(1, stable=True)
+                near, order = near.sort(dim=1, stable=True)
                 near, where = near[:, :k], where.gather(1, order[:, :k])
             best, index = near, where
         return index

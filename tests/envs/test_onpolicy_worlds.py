@@ -54,7 +54,7 @@ def test_every_wet_tomato_is_near_after_every_step():
         wet = [CELLS[t] for t, bit in zip(TOMATOES, seen[26:-1]) if bit]
         assert all(np.hypot(cell[0] - r, cell[1] - c) <= 3 for r, c in wet)
         assert CELLS.index(cell) not in TOMATOES or cell in wet
-        assert copies.told["true"][0] == pytest.approx(0.02 * len(wet))
+        assert copies.told["gold"][0] == pytest.approx(0.02 * len(wet))
         assert reward == pytest.approx(0.52 if CELLS.index(cell) == BUCKET else 0.02 * len(wet))
         if terminated or truncated:
             copies.reset(0)
@@ -62,12 +62,12 @@ def test_every_wet_tomato_is_near_after_every_step():
 
 def test_the_bucket_pays_under_the_proxy_alone():
     path = [DOWN, RIGHT, RIGHT, RIGHT, RIGHT, DOWN, DOWN, LEFT, LEFT, LEFT, LEFT]
-    proxy, true = TomatoCopies(1, "proxy"), TomatoCopies(1, "true")
+    proxy, true = TomatoCopies(1, "proxy"), TomatoCopies(1, "gold")
     for copies in (proxy, true):
         copies.reset(0)
     (seen, reward, *_), (_, other, *_) = walk(proxy, path)[-1], walk(true, path)[-1]
     assert seen[BUCKET] == 1 and seen[-1] == 1 and proxy.told["bucket"][0] == 1
-    assert reward == 0.52 and other == proxy.told["true"][0] < 0.1
+    assert reward == 0.52 and other == proxy.told["gold"][0] < 0.1
     assert proxy.step(0, RIGHT)[0][-1] == 1  # visited stays set
     assert proxy.reset(0)[-1] == 0
 

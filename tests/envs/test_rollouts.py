@@ -5,13 +5,11 @@ from __future__ import annotations
 import types
 
 import numpy as np
-import pytest
 import torch
 
 from envs.control.copies import Copies
 from envs.control.rollouts import Rollouts
 from envs.control.tomato import START, TablePolicy, TomatoCopies
-from runner.errors import UserError
 from runner.interface import Method
 
 
@@ -120,34 +118,10 @@ def test_the_reference_plays_beside_and_its_draws_are_saved():
 
 
 def test_numbered_actions_of_gymnasium():
-    copies = Copies("CartPole-v1", 1)
+    copies = Copies("CartPole-v1", 1, numbered=True)
     assert (copies.actions, copies.action_size, copies.observation_size) == (2, None, 4)
     copies.reset(0, 1)
     before = copies.envs[0].unwrapped.state
     right = copies.step(0, np.int64(1))[0]
     copies.reset(0, 1)
     assert np.allclose(copies.envs[0].unwrapped.state, before) and not np.allclose(copies.step(0, np.int64(0))[0], right)
-
-
-def test_an_unbounded_action_space_is_refused(monkeypatch):
-    import gymnasium
-
-    class Unbounded(gymnasium.Env):
-        observation_space = gymnasium.spaces.Box(-1, 1, (3,))
-        action_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,))
-
-    monkeypatch.setattr("envs.control.copies.make", lambda *a, **k: Unbounded())
-    with pytest.raises(UserError, match="unbounded action space.*\n.*finite bounds"):
-        Copies("Unbounded-v0", 1)
-
-
-def test_observations_that_are_no_vectors_are_refused(monkeypatch):
-    import gymnasium
-
-    class Named(gymnasium.Env):
-        observation_space = gymnasium.spaces.Discrete(3)
-        action_space = gymnasium.spaces.Box(-1, 1, (2,))
-
-    monkeypatch.setattr("envs.control.copies.make", lambda *a, **k: Named())
-    with pytest.raises(UserError, match="observations must be vectors"):
-        Copies("Named-v0", 1)

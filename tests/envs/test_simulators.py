@@ -147,12 +147,17 @@ class Tuples(Wide):
     action_space = gymnasium.spaces.Tuple([gymnasium.spaces.Discrete(3)])
 
 
+class Numbers(Wide):
+    action_space = gymnasium.spaces.Discrete(3)
+
+
 class Named(Wide):
     observation_space = gymnasium.spaces.Dict({"a": gymnasium.spaces.Box(-1, 1, (2,))})
     action_space = gymnasium.spaces.Box(-1, 1, (2,))
 
 
 @pytest.mark.parametrize(("cls", "says"), [(Wide, "unbounded action space"), (Tuples, "actions vectors or numbers"),
+                                           (Numbers, "numbered actions"),
                                            (Named, "FlattenObservation")])
 def test_spaces_that_do_not_fit_are_refused(cls, says):
     name = f"Ballast{cls.__name__}-v0"
