@@ -78,7 +78,9 @@ def compose(words: list[str], book: catalogue.Catalogue) -> Job:
     size = chosen.get("size", "claim")
     weak = []
     kind = catalogue.stream_kind(methods, env)
-    weak += [f"++{k}={json.dumps(v)}" for k, v in env.sizes.get(size, {}).get(kind, {}).items()]
+    has = {f"method.{k.name}" for k in catalogue.composed_knobs(methods)}
+    weak += [f"++{k}={json.dumps(v)}" for k, v in env.sizes.get(size, {}).get(kind, {}).items()
+             if k in has or not k.startswith("method.")]  # an env's advice for settings that a method lacks is not meant for it
     for entry in methods:
         weak += [f"++{k}={json.dumps(v)}" for k, v in entry.sizes.get(size, {}).items()]
     strong = []

@@ -146,7 +146,8 @@ def _train(words: list[str], quiet: bool):
     from runner.checkpoint import Checkpoints
     from runner.compose import compose
     from runner.interface import Trained
-    from runner.run import assemble, execute
+    from runner.loop import Preempted
+    from runner.run import Failed, assemble, execute
 
     whole = [*words, "logger=none", f"runs={places.data_root() / 'runs'}"]
     job = compose(whole, Catalogue())
@@ -154,7 +155,13 @@ def _train(words: list[str], quiet: bool):
     job.config["loop"]["save_steps"] = steps  # the state of the last step: it holds what was played (not part of the id)
     command = "python -m runner " + shlex.join(words)
     _say(f"  {command}")
-    result = execute(job, quiet=quiet, command=command)
+    try:
+        result = execute(job, quiet=quiet, command=command)
+    except (Failed, Preempted) as error:
+        told = UserError(f"the run that plays the data failed: {error}" if isinstance(error, Failed) else
+                         "stopped while the data were made; what is trained is saved, the same command continues")
+        told.exit_code = 1 if isinstance(error, Failed) else 143
+        raise told from None
     folder = Path(result["folder"])
     method, _, stream = assemble(job)
     checkpoints = Checkpoints(folder / "checkpoints")

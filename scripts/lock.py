@@ -3,7 +3,8 @@
     python scripts/lock.py            (needs the package uv: pip install uv)
 
 torch is left out together with what only its GPU builds need (nvidia-*, cuda-*, triton): its build differs by machine, so
-the Makefile installs it by itself, at the version named here.
+the Makefile installs it by itself, at the version named here. So is labmaze: only the mazes of dm-control use it, which are
+not used here, and it has no wheel for Python 3.13.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = "torch==2.13.0"
-LEFT_OUT = re.compile(r"^(torch==|triton==|nvidia-|cuda-)")
+LEFT_OUT = re.compile(r"^(torch==|triton==|nvidia-|cuda-|labmaze==)")
 
 
 def main():

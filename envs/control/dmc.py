@@ -25,8 +25,11 @@ def suite():
     try:
         import dm_control  # noqa: F401
     except ImportError as error:
+        hint = "" if sys.version_info < (3, 13) else (
+            "\nits dependency labmaze, which the suite does not use, has no wheel for Python 3.13: pip install --no-deps "
+            "dm-control dm-env dm-tree, then pip install lxml scipy requests pyparsing protobuf absl-py")
         raise UserError(f"the DeepMind control suite needs a package that is missing: {error}\n"
-                        "install the extra: pip install -e '.[dmc]'") from None
+                        f"install the extra: pip install -e '.[dmc]'{hint}") from None
     from absl import logging
     logging.set_verbosity(logging.ERROR)  # its model files use deprecated attributes; it says so on every load
     chosen = "MUJOCO_GL" in os.environ

@@ -1,10 +1,10 @@
 """Garnet: policy evaluation on a random Markov decision process (Archibald et al. 1995) where the true values are known.
 
 50 states, 4 actions; each pair leads to 3 random states with Dirichlet(1) weights. Rewards U[0, 1] per pair (dense), or 1
-with probability .03 and else 0 (sparse); times `factor`. The policy that is valued is drawn from Dirichlet(1) in each state.
-A pair is seen as 16 fixed standard normal features. Data: 2,000 transitions of uniform pairs, the next action drawn from the
-policy. So the observation is the pair's features and there are no actions to choose (action_size 0): a critic's target
-is r + discount Q'(s', a'). Nothing ends.
+with probability .03 and else 0 (sparse), times `reward_scale`. The policy that is valued is drawn from Dirichlet(1) in each
+state. A pair is seen as 16 fixed standard normal features. Data: 2,000 transitions of uniform pairs, the next action drawn
+from the policy. So the observation is the pair's features and there are no actions to choose (action_size 0): a critic's
+target is r + discount Q'(s', a'). Nothing ends.
 
 Gold: root mean squared error against Q = (I - discount P_pi)^-1 r over all 200 pairs, with the method's own discount, and the
 effective rank of the critic's features: the number of singular values of Phi / sqrt(N) above 0.01.
@@ -35,7 +35,7 @@ class Garnet(World):
         branches: int = knob(3, "states that a pair may lead to", low=1, source="project's choice")
         features: int = knob(16, "length of a pair's feature vector", low=1, source="project's choice")
         rewards: str = knob("dense", "dense: U[0, 1]; sparse: 1 with probability .03", choices=["dense", "sparse"])
-        factor: float = knob(1.0, "factor on rewards, true values included", source="project's choice")
+        reward_scale: float = knob(1.0, "factor on rewards; the true values are scaled alike")
         instance: int = knob(0, "number of the random process: the same for every method and seed", low=0)
         rows: int = knob(2000, "transitions in the data", low=1, source="project's choice")
         batch_size: int = knob(128, "transitions of a batch", low=1, source="project's choice")
@@ -58,7 +58,7 @@ class Garnet(World):
         for row in transition:
             row[random.choice(c.states, c.branches, replace=False)] = random.dirichlet(np.ones(c.branches))
         reward = random.uniform(0, 1, pairs) if c.rewards == "dense" else (random.uniform(0, 1, pairs) < 0.03).astype(float)
-        self.reward, self.transition = reward * c.factor, transition
+        self.reward, self.transition = reward * c.reward_scale, transition
         self.policy = random.dirichlet(np.ones(c.actions), c.states)
         self.pairs = random.standard_normal((pairs, c.features)).astype(np.float32)
         row, u = random.integers(pairs, size=c.rows), random.uniform(size=(2, c.rows, 1))

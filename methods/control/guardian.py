@@ -1,9 +1,12 @@
-"""The guardian of OGSRL: the region of (s, a) that a log supports, as a sublevel set of a kernel density."""
+"""The guardian of OGSRL: the region of (s, a) that a log supports, as a sublevel set of a kernel density; and what a method
+with the knobs of ogsrl does with it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from methods.control.onpolicy import running_sum
 
 
 class Guardian(nn.Module):
@@ -47,3 +50,30 @@ class Guardian(nn.Module):
         rows = self.scaled(torch.cat([observation, action.clamp(-1, 1)], -1)).flatten(0, -2)
         parts = [(torch.cdist(p, self.keys).square() * (-0.5 / self.bandwidth ** 2)).exp().mean(1) for p in rows.split(4000)]
         return (torch.cat(parts) < self.threshold).to(observation.dtype).view(observation.shape[:-1])
+
+    def watch(self, batch: dict[str, Tensor], carried: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with `outside` (T, n) of 0 and 1, and `left`: whether the episode has been outside by now. What carries
+        over into the next rollout stands in `carried`."""
+        outside = self.outside(batch["observation"], batch["action"])
+        before = carried.get("outside", torch.zeros_like(outside[0]))
+        sums, carried["outside"] = running_sum(outside, batch["ended"], before, 1.0)
+        return {**batch, "outside": outside, "left": sums > 0}
+
+
+def guarded_limits(limits: list[float], config) -> list[float]:
+    return limits + ([config.guardian_limit] if config.guardian == "constraint" else [])
+
+
+def guarded_reward(reward: Tensor, batch, config) -> Tensor:
+    return torch.where(batch["left"], config.penalty, reward) if config.guardian == "penalty" else reward
+
+
+def guarded_costs(cost: Tensor, batch, config) -> Tensor:
+    """cost (T, n, C), used where there is a limit for it -> (T, n, channels)"""
+    channels = [cost] if config.cost_limit >= 0 else []
+    if config.guardian == "penalty":
+        channels = [torch.where(batch["left"].unsqueeze(-1), 1.0, c) for c in channels]
+    elif config.guardian == "constraint":
+        channels.append(batch["outside"].unsqueeze(-1))
+    out = torch.cat(channels, -1)
+    return -out if config.official_costs else out

@@ -12,7 +12,8 @@ CPO inside a simulator made of a log, held to the part of (s, a) that the log su
 
 The guardian is one more cost channel (part costs). `guardian: penalty` is the released roll-out instead: from the step on at
 which an episode leaves the support its reward is `penalty` and its cost 1, to its end. `guardian: none` is CPO. With
-cost_limit < 0 the guardian alone is a constraint; with the penalty that leaves TRPO.
+cost_limit < 0 the guardian alone is a constraint; with the penalty that leaves TRPO. ogsrl_lagrangian is the same on
+PPO-Lagrangian.
 
 Differences from the released code (Runz96/SafeRL-OGSRL): costs are positive and the constraint is in the unit of returns.
 There they are stored as -1 per violation against the limit +0.5 (and standardised), so that the constraint never binds:
@@ -28,8 +29,7 @@ import dataclasses
 import torch
 
 from methods.control.cpo import CPO
-from methods.control.guardian import Guardian
-from methods.control.onpolicy import running_sum
+from methods.control.guardian import Guardian, guarded_costs, guarded_limits, guarded_reward
 from runner.interface import knob
 
 
@@ -47,8 +47,7 @@ class OGSRL(CPO):
         official_costs: bool = knob(False, "costs with the released code's sign: the constraint never binds")
 
     def limits(self, spec):
-        own = [self.config.guardian_limit] if self.config.guardian == "constraint" else []
-        return super().limits(spec) + own
+        return guarded_limits(super().limits(spec), self.config)
 
     def setup(self, spec):
         super().setup(spec)
@@ -64,24 +63,12 @@ class OGSRL(CPO):
     def assess(self, batch):
         if self.config.guardian == "none":
             return super().assess(batch)
-        outside = self.guardian.outside(batch["observation"], batch["action"])
-        before = self.carried.get("outside", torch.zeros_like(outside[0]))
-        sums, self.carried["outside"] = running_sum(outside, batch["ended"], before, 1.0)
-        data = super().assess({**batch, "outside": outside, "left": sums > 0})
-        self.told["outside"] = outside.mean()
-        return data
+        batch = self.guardian.watch(batch, self.carried)
+        self.told["outside"] = batch["outside"].mean()
+        return super().assess(batch)
 
     def reward_transform(self, batch):
-        reward = super().reward_transform(batch)
-        if self.config.guardian != "penalty":
-            return reward
-        return torch.where(batch["left"], self.config.penalty, reward)
+        return guarded_reward(super().reward_transform(batch), batch, self.config)
 
     def costs(self, batch):
-        channels = [super().costs(batch)] if self.config.cost_limit >= 0 else []
-        if self.config.guardian == "penalty":
-            channels = [torch.where(batch["left"].unsqueeze(-1), 1.0, c) for c in channels]
-        elif self.config.guardian == "constraint":
-            channels.append(batch["outside"].unsqueeze(-1))
-        cost = torch.cat(channels, -1)
-        return -cost if self.config.official_costs else cost
+        return guarded_costs(super().costs(batch), batch, self.config)

@@ -42,7 +42,7 @@ from runner.interface import knob
 class ORPOOccupancy(PPO):
     @dataclasses.dataclass(frozen=True)
     class Config(PPO.Config):
-        strength: float = knob(0.1, "lambda in units of sigma; 0: no penalty", low=0.0, source="paper, app. B: 0.01 to 1")
+        strength: float = knob(0.1, "lambda in units of sigma; 0: no penalty", low=0.0, source="paper: 0.01 to 1")
         divergence: str = knob("sqrt_chi2", "of the visited from the reference's states and actions", source="paper",
                                choices=["sqrt_chi2", "chi2", "kl", "tv"])
         over: str = knob("state_action", "what is counted", choices=["state_action", "state"], source="paper")

@@ -35,7 +35,7 @@ class Gaussian(nn.Module):
 
     def forward(self, seen: Tensor):
         mean = self.net(seen)
-        return mean, self.log_std.expand_as(mean)
+        return mean, self.log_std + torch.zeros_like(mean)  # no view: fsdp frees the parameter when forward ends
 
     def sample(self, d) -> Tensor:
         return d[0] + d[1].exp() * torch.randn_like(d[0])

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from methods.control.a2c import A2C
 from methods.control.onpolicy import standardised
+from runner.errors import UserError
 from runner.interface import knob
 
 
@@ -42,6 +43,8 @@ class TRPO(A2C):
 
     def make_optimizers(self):
         super().make_optimizers()
+        if any(hasattr(p, "device_mesh") for p in self.policy.parameters()):
+            raise UserError("a trust region's step is taken over whole parameters, which fsdp shards\nuse hardware=ddp")
         if self.config.max_kl > 0:
             adam = {"lr": self.config.learning_rate, "eps": 1e-5, "fused": True}
             del self.optimizers["networks"]

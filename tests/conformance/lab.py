@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
+
 import torch
 
+from runner import catalogue
 from runner.catalogue import Catalogue
-from runner.compose import compose
+from runner.compose import compose, identity
 from runner.run import assemble
 
 BOOK = Catalogue()
@@ -21,8 +26,27 @@ def words_for(name: str, *overrides: str, env: str = "") -> list[str]:
     return [f"method={name}", f"env={env or smallest(name)}", "size=smoke", "logger=none", *overrides]
 
 
-def assembled(name: str, *overrides: str, book=BOOK, env: str = ""):
-    return assemble(compose(words_for(name, *overrides, env=env), book))
+@functools.cache
+def _composed(name: str, env: str):
+    return compose(words_for(name, env=env), BOOK)
+
+
+def assembled(name: str, *overrides: str, env: str = ""):
+    """Composed once for a method and env; overrides are put in afterwards, checked, which is what Hydra would do with them
+    at a hundred times the cost."""
+    job = _composed(name, env)
+    config = json.loads(json.dumps(job.config))
+    schemas = {"method": catalogue.composed_knobs(job.methods), "env": catalogue.knobs(job.env)}
+    for word in overrides:
+        key, _, value = word.partition("=")
+        section, _, last = key.rpartition(".")
+        value = json.loads(value)
+        if section:
+            value = next(k for k in schemas[section] if k.name == last).check(value, section)
+            config[section][last] = list(value) if isinstance(value, tuple) else value
+        else:
+            config[last] = value
+    return assemble(job._replace(config=config, id=identity(config)))
 
 
 def train(method, stream, updates: int) -> list[dict]:
@@ -37,6 +61,14 @@ def train(method, stream, updates: int) -> list[dict]:
 
 def weights(method) -> dict[str, torch.Tensor]:
     return {k: v.detach().clone() for k, v in method.state_dict().items()}
+
+
+def digest(method) -> str:
+    """The state's bits, in short."""
+    out = hashlib.blake2b()
+    for key, value in method.state_dict().items():
+        out.update(key.encode() + value.detach().contiguous().numpy().tobytes())
+    return out.hexdigest()
 
 
 def same(a: dict, b: dict) -> bool:

@@ -408,6 +408,29 @@ def test_processes_that_miss_the_same_set_make_it_once(tmp_path):
     assert all("making its data set" in t for t in told)
 
 
+@pytest.mark.parametrize(("error", "code", "says"), [("Failed", 1, "plays the data failed: it broke"),
+                                                     ("Preempted", 143, "the same command continues")])
+def test_a_build_whose_run_fails_or_is_stopped(cli, monkeypatch, error, code, says):
+    """By hand and by the way of a run: no traceback, no set, no lock left behind."""
+    from runner import loop, run
+
+    usual, raised = run.execute, {"Failed": run.Failed, "Preempted": loop.Preempted}[error]
+
+    def execute(job, **options):
+        if job.env.name == "halfcheetah":
+            raise raised("it broke")
+        return usual(job, **options)
+
+    monkeypatch.setattr(run, "execute", execute)
+    monkeypatch.setenv("BALLAST_DATA", str(cli.cwd / "own"))
+    for given in (("data", "build", "halfcheetah_medium", "size=smoke"),
+                  ("method=td3", "env=halfcheetah_medium", "size=smoke", "logger=none")):
+        told = cli(*given)
+        assert told.code == code and says in told.err
+    assert not list((cli.cwd / "own").rglob("*/lock")) and not list((cli.cwd / "own").rglob("card.json"))
+    assert not (cli.cwd / "runs").exists()
+
+
 def test_what_a_killed_build_left_is_swept_away(made, monkeypatch, tmp_path):
     shutil.copytree(made, tmp_path / "own")
     monkeypatch.setenv("BALLAST_DATA", str(tmp_path / "own"))

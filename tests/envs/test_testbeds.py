@@ -173,7 +173,7 @@ def test_garnet_data_are_drawn_from_the_process():
 
 @pytest.mark.parametrize("factor", [1.0, 10.0])
 def test_garnet_judges_values(factor):
-    w = world(Garnet, factor=factor)
+    w = world(Garnet, reward_scale=factor)
     exact = torch.from_numpy(w.exact(0.9))
     features = torch.randn(1, 200, 8, generator=torch.Generator().manual_seed(0))
     right = w.evaluate(Acts(None, lambda o, a: (torch.stack([exact - 1, exact + 1]), features.expand(2, -1, -1)), 0.9), 0)

@@ -46,3 +46,17 @@ def test_two_processes(strategy, tmp_path):
     assert (folder / "metrics.jsonl").read_bytes() == before
     again = load_file(folder / "weights.safetensors")
     assert all((weights[k] == again[k]).all() for k in weights)
+
+
+@pytest.mark.parametrize(("method", "strategy"), [("ppo", "ddp"), ("ppo", "fsdp"), ("trpo", "ddp")])
+def test_two_processes_on_policy(method, strategy, tmp_path):
+    """Ranks play their own rollouts and hold the same networks, normalisation included; trpo's search decides alike."""
+    from safetensors.torch import load_file
+
+    folder = run(tmp_path, f"method={method}", f"hardware={strategy}")
+    assert json.loads((folder / "run.json").read_text())["status"] == "done"
+    ranks = [load_file(folder / "checkpoints" / r / "step_000000010" / "tensors.safetensors") for r in (".", "rank1")]
+    shared = [k for k in ranks[0] if k.startswith("/modules")]
+    assert any("seen" in k for k in shared) and all((ranks[0][k] == ranks[1][k]).all() for k in shared)
+    observed = [k for k in ranks[0] if k.startswith("/stream") and "observation" in k]
+    assert observed and any((ranks[0][k] != ranks[1][k]).any() for k in observed)
