@@ -21,8 +21,9 @@ mu is the undiscounted visitation frequency of a rollout, over (s, a), or over s
 is sigma sqrt(1 - r^2), r the proxy's correlation with the truth under the reference. strength = 0 is PPO.
 
 Differences from the official code (cassidylaidlaw/orpo, on RLlib): the mean is trimmed only where 1 % of the rows is a row
-(there, with fewer than 100, it is NaN and the penalty vanishes silently); lambda is in units of sigma; PPO is this house's.
-Plain `chi2` lacks the factor 2 of the divergence's gradient, as there, so equal strengths of it and sqrt_chi2 differ.
+(there, with fewer than 100, it is NaN and the penalty vanishes silently: `official_trimmed_mean`); lambda is in units of
+sigma; PPO is this house's. Plain `chi2` lacks the factor 2 of the divergence's gradient, as there, so equal strengths of it
+and sqrt_chi2 differ. Left out: the Wasserstein critic.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class ORPOOccupancy(PPO):
         bound: float = knob(1000.0, "C: bound of lambda p", low=0.0, source="cassidylaidlaw/orpo, tomato")
         minus_one: bool = knob(True, "e^d - 1 rather than e^d: without it a step more is never free",
                                source="cassidylaidlaw/orpo; the paper's formula has e^d", when={"divergence": "chi2"})
+        official_trimmed_mean: bool = knob(False, "as released: with fewer than 100 rows it is NaN and the penalty is 0",
+                                           source="cassidylaidlaw/orpo", when={"divergence": "sqrt_chi2"})
         discriminator_hidden: tuple[int, ...] = knob((256, 256), "widths of its hidden layers, leaky ReLU", low=1, source="paper")
         discriminator_rate: float = knob(1e-3, "its Adam's learning rate", low=0.0, source="project's choice")
         discriminator_epochs: int = knob(4, "its passes over each rollout", low=1, source="project's choice")
@@ -75,8 +78,9 @@ class ORPOOccupancy(PPO):
             loss = self.discriminate(visited.flatten(0, 1), reference)
         self.proxy.see(batch["reference_reward"], self.average)
         d, other = self.discriminator(visited).squeeze(-1), self.discriminator(reference).squeeze(-1)
-        p = torch.nan_to_num(penalties(d, self.config.divergence, self.config.minus_one), 0.0, 0.0, 0.0)
-        term = (self.config.strength * self.proxy.var.sqrt() * p).clamp(-self.config.bound, self.config.bound)
+        c = self.config
+        p = torch.nan_to_num(penalties(d, c.divergence, c.minus_one, c.official_trimmed_mean), 0.0, 0.0, 0.0)
+        term = (c.strength * self.proxy.var.sqrt() * p).clamp(-c.bound, c.bound)
         self.told |= {"discriminator_loss": loss.detach(), "auc": auc(d.flatten(), other), "occupancy_penalty": term.mean()}
         return reward - term
 
@@ -98,8 +102,8 @@ class ORPOOccupancy(PPO):
         return loss
 
 
-def penalties(d: Tensor, divergence: str, minus_one: bool = True) -> Tensor:
-    """d of any shape -> p of that shape."""
+def penalties(d: Tensor, divergence: str, minus_one: bool = True, official: bool = False) -> Tensor:
+    """d of any shape -> p of that shape; `official`: with the released trimmed mean."""
     if divergence == "kl":
         return d
     if divergence == "tv":
@@ -107,14 +111,14 @@ def penalties(d: Tensor, divergence: str, minus_one: bool = True) -> Tensor:
     excess, offset = d.exp() - 1, 0.0 if minus_one else 1.0
     if divergence == "chi2":
         return excess + offset
-    mean = trimmed_mean(excess.flatten())
-    return (excess + offset) * torch.where(mean > 0, mean.clamp_min(1e-12).rsqrt(), 1.0)
+    mean = trimmed_mean(excess.flatten(), official)
+    return (excess + offset) * torch.where(mean <= 0, 1.0, mean.clamp_min(1e-12).rsqrt())
 
 
-def trimmed_mean(x: Tensor, share: float = 0.01) -> Tensor:
-    """x (N,) without its lowest and highest 1 %; the plain mean where that is less than a row."""
-    cut = int(share * len(x))
-    return x.sort().values[cut:len(x) - cut].mean()
+def trimmed_mean(x: Tensor, official: bool = False) -> Tensor:
+    """x (N,) without its lowest and highest 1 %; where that is less than a row the plain mean, or, officially, NaN."""
+    cut = len(x) // 100
+    return x.sort().values[cut:0 if official and cut == 0 else len(x) - cut].mean()
 
 
 def auc(above: Tensor, below: Tensor, most: int = 1000) -> Tensor:

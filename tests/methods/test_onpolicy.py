@@ -112,6 +112,7 @@ def test_gaussian_policy_against_torch():
     close(p.entropy(dp), tp.entropy().sum(-1))
     close(p.kl(dp, dq), kl_divergence(tp, tq).sum(-1))
     assert torch.equal(p.mode(dp), dp[0])
+    assert dp[1].untyped_storage().data_ptr() != p.log_std.untyped_storage().data_ptr()  # fsdp frees the parameter
     draws = p.sample(tuple(x[:1].expand(40_000, -1) for x in dp))
     assert (draws.mean(0) - dp[0][0]).abs().max() < 0.03 and (draws.std(0) / math.exp(-0.3) - 1).abs().max() < 0.03
 
@@ -287,6 +288,15 @@ def test_a_search_that_finds_nothing_leaves_the_policy_alone(monkeypatch):
     before = [p.clone() for p in method.policy.parameters()]
     metrics = method.update(rollout())
     assert all(torch.equal(a, b) for a, b in zip(before, method.policy.parameters())) and metrics["step_size"] == 0
+
+
+def test_a_sharded_policy_is_refused():
+    from runner.errors import UserError
+
+    method = build(TRPO)
+    next(method.policy.parameters()).device_mesh = object()
+    with pytest.raises(UserError, match="hardware=ddp"):
+        method.make_optimizers()
 
 
 # -- costs -------------------------------------------------------------------------------------------------------------

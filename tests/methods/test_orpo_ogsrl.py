@@ -120,6 +120,16 @@ def test_the_trimmed_mean_of_few_rows_is_the_mean(rows):
     assert trimmed_mean(x).item() == pytest.approx(sum(kept) / len(kept))
 
 
+def test_the_official_trimmed_mean_loses_the_penalty_of_few_rows():
+    d = torch.linspace(-1, 2, 99)
+    assert penalties(d, "sqrt_chi2", official=True).isnan().all() and penalties(d, "sqrt_chi2").isfinite().all()
+    many = torch.linspace(-1, 2, 300)
+    assert torch.equal(penalties(many, "sqrt_chi2", official=True), penalties(many, "sqrt_chi2"))
+    method, batch = deep(strength=1.0, official_trimmed_mean=True), deep_batch(t=40)  # 80 rows
+    with torch.no_grad():
+        assert torch.equal(method.reward_transform(batch), batch["reward"])
+
+
 def test_auc_by_counting():
     a, b = torch.tensor([3.0, 1.0, 2.0]), torch.tensor([2.0, 0.0])
     assert auc(a, b).item() == pytest.approx((2 + 1 + 1.5) / 6)

@@ -33,6 +33,9 @@ JOBS = {
              "method.hidden=[16,16]"],
     "rlpd": ["method=rlpd", "env=pointmass_medium", "size=smoke", "loop.steps=900", "env.copies=2", "method.hidden=[16,16]"],
     "kd": ["method=kd", "env=pointmass", "size=smoke", "loop.steps=900"],
+    "ppo": ["method=ppo", "env=hopper", "size=smoke", "loop.steps=200"],
+    "ogsrl": ["method=ogsrl", "env=dosing", "size=smoke", "loop.steps=200"],
+    "orpo": ["method=orpo_occupancy", "env=tomato", "size=smoke", "loop.steps=200", "method.discriminator_hidden=[16]"],
 }
 
 

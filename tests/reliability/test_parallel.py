@@ -48,12 +48,12 @@ def test_two_processes(strategy, tmp_path):
     assert all((weights[k] == again[k]).all() for k in weights)
 
 
-@pytest.mark.parametrize(("method", "strategy"), [("ppo", "ddp"), ("ppo", "fsdp"), ("trpo", "ddp")])
-def test_two_processes_on_policy(method, strategy, tmp_path):
+@pytest.mark.parametrize("method", ["ppo", "trpo"])
+def test_two_processes_on_policy(method, tmp_path):
     """Ranks play their own rollouts and hold the same networks, normalisation included; trpo's search decides alike."""
     from safetensors.torch import load_file
 
-    folder = run(tmp_path, f"method={method}", f"hardware={strategy}")
+    folder = run(tmp_path, f"method={method}", "hardware=ddp")
     assert json.loads((folder / "run.json").read_text())["status"] == "done"
     ranks = [load_file(folder / "checkpoints" / r / "step_000000010" / "tensors.safetensors") for r in (".", "rank1")]
     shared = [k for k in ranks[0] if k.startswith("/modules")]
