@@ -254,10 +254,13 @@ class Loop:
             raise Preempted
 
     def _diverged(self, wrong: list[str], line: dict, batch: dict | None):
-        """Log the line, leave the batch of this step (a captured one is not at hand) in the run's folder, raise NonFinite.
+        """Log the line, leave the batch of this step in the run's folder, raise NonFinite.
         Only log lines are looked at: it may have begun up to `log_every` updates earlier."""
         told = f"non-finite at step {self.step:,}: " + ", ".join(f"{k} = {line[k]}" for k in wrong)
         self._log([{"step": self.step, **{k: v if k not in wrong else None for k, v in line.items()}}])
+        if batch is None and self.graphs:  # it was read inside a graph: take it once more
+            self.stream.taken -= 1
+            batch = self.stream.take()
         if self.record and batch is not None:
             from safetensors.torch import save_file
             tensors = {k: v.detach().cpu().contiguous().clone() for k, v in batch.items() if torch.is_tensor(v)}

@@ -54,3 +54,28 @@ def test_finite_metrics_of_any_size_pass(tmp_path):
                    "method.learning_rate=0", f"runs={tmp_path / 'runs'}"], Catalogue([str(tmp_path)]))
     assert execute(job, quiet=True)["status"] == "done"
     assert issubclass(NonFinite, Exception)
+
+
+def test_a_captured_update_leaves_its_batch_too(tmp_path):
+    """The batch was read inside a graph; it is taken once more. A stand-in for the graph serves where there is no GPU."""
+    from runner.loop import Loop
+    from runner.record import Record
+    from runner.run import assemble
+    from runner.settings import Loop as Settings
+
+    method, world, stream = assemble(compose(["method=td3_bc", "env=pointmass_medium", "size=smoke", "logger=none"], Catalogue()))
+    seen = []
+
+    class Graphs:
+        def advance(self, step, event):
+            seen.append(stream.next())
+            return 1, {"critic_loss": torch.tensor(float("nan") if step == 6 else 0.0)}
+
+    record = Record(tmp_path)
+    loop = Loop(method, world, stream, Settings(steps=12, log_every=1), seed=0, record=record)
+    loop.graphs = Graphs()
+    record.open_metrics(0)
+    with pytest.raises(NonFinite, match="step 7.*nonfinite.safetensors"):
+        loop.run()
+    batch = load_file(tmp_path / "nonfinite.safetensors")
+    assert len(seen) == 7 and all(torch.equal(batch[k], v) for k, v in seen[-1].items())
