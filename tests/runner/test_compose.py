@@ -17,12 +17,13 @@ METHODS, SIZES = BOOK.names("method"), BOOK.names("size")
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_fitting_env_and_size_composes(method):
+def test_every_fitting_env_composes(method):
+    """Every pair at one size, every method at every size: a pair costs 50 ms, and there are many."""
     fits = BOOK.fitting([BOOK.get("method", method)])
     assert fits, f"{method} fits no env"
     ids = set()
-    for env in fits:
-        for size in SIZES:
+    for number, env in enumerate(fits):
+        for size in SIZES if number == 0 else [SIZES[(number + len(method)) % len(SIZES)]]:
             job = compose([f"method={method}", f"env={env}", f"size={size}"], BOOK)
             assert job.config["method"]["name"] == method and job.config["env"]["name"] == env
             assert set(job.config["method"]) == {"name", *(k.name for k in knobs(BOOK.get("method", method)))}
@@ -31,7 +32,7 @@ def test_every_fitting_env_and_size_composes(method):
             assert json.loads(json.dumps(job.config)) == job.config  # plain: as it will be read back
             assert identity(job.config) == job.id == rebuild(job.config, BOOK).id
             ids.add(job.id)
-    assert len(ids) == len(fits) * len(SIZES)
+    assert len(ids) == len(fits) - 1 + len(SIZES)
 
 
 @pytest.mark.parametrize("group", ["hardware", "logger"])

@@ -80,9 +80,9 @@ def test_a_batch_of_seeds_continues_from_its_checkpoint(tmp_path):
 
             original = loop.Loop._at_event
 
-            def stopping(self, metrics):
+            def stopping(self, *event):
                 self.stop = lambda: self.step >= stop_at
-                original(self, metrics)
+                original(self, *event)
             loop.Loop._at_event = stopping
             try:
                 with pytest.raises(Preempted):
