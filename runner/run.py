@@ -149,12 +149,12 @@ def execute(job: Job, *, force=False, fork=False, quiet=False, command="", fabri
     """Run a job here, in this process (one rank of it). Returns the run's record (run.json)."""
     rank, several = (fabric.global_rank, fabric.world_size > 1) if fabric else (0, False)
     check_hardware(job.config)
+    if rank == 0:
+        _check_members(job)
     found = locate(job, force, fork) if rank == 0 else None
     folder, run = fabric.broadcast(found, 0) if several else found  # one decision, rank 0's
     if run is not None and run["status"] == "done":
         return {**run, "folder": str(folder), "already": True} if rank == 0 else {}
-    if rank == 0:
-        _check_members(job)
     records.require_space(folder)
     if not several:  # the processes of one run find it made (cli._run)
         datasets.ensure(job, quiet)
@@ -194,9 +194,9 @@ def execute(job: Job, *, force=False, fork=False, quiet=False, command="", fabri
 def _check_members(job: Job):
     """Seeds trained together end together: refuse a batch of seeds that overlaps with another of the same length."""
     first = job.config["seed"]
-    for member in member_jobs(job)[1:] if job.config["hardware"]["seeds"] > 1 else []:
+    for member in member_jobs(job) if job.config["hardware"]["seeds"] > 1 else []:
         run = Record(folder_of(member)).read() or {}
-        if run.get("batch", {}).get("first", first) != first or run.get("status") == "done":
+        if run.get("batch", {}).get("first", first) != first:
             raise UserError(f"seed {member.config['seed']} has been trained in another batch of {len(seeds_of(job))} seeds, "
                             f"which began with seed {run.get('batch', {}).get('first')}: {folder_of(member)}\n"
                             "choose seeds that do not overlap, or another hardware.seeds")

@@ -114,3 +114,16 @@ def test_overlapping_batches_of_seeds_are_refused(cli):
     assert cli(*base, "seed=1").code == 0
     result = cli(*base, "seed=0")
     assert result.code == 2 and "seed 1 has been trained in another batch" in result.err
+
+
+def test_a_batch_that_ended_while_its_records_were_written_can_be_given_again(cli):
+    """The members are marked done before the first: a kill in between must not shut the batch out."""
+    base = ["method=td3", "env=pointmass_medium", "size=smoke", "logger=none", "hardware=cpu", "hardware.seeds=2"]
+    assert cli(*base).code == 0
+    first = next(p for p in (cli.cwd / "runs").iterdir() if "-s0-" in p.name)
+    run = json.loads((first / "run.json").read_text())
+    (first / "run.json").write_text(json.dumps({**run, "status": "running"}))
+    assert cli(*base).code == 0
+    assert json.loads((first / "run.json").read_text())["status"] == "done"
+    result = cli(*base, "seed=1")  # trained already, but as the second of a batch: seed 2 was not
+    assert result.code == 2 and "began with seed 0" in result.err
