@@ -34,12 +34,23 @@ def train(name, env, seeds, graph, steps):
     return loop
 
 
+def logged(names) -> list[str]:
+    """The methods that learn from stored rows or segments, with or without playing besides."""
+    return [n for n in names if {"offline", "mixed", "preferences"} & set(BOOK.get("method", n).needs)]
+
+
+def place(name) -> str:
+    """A small environment for it: PointMass data where they fit."""
+    fits = BOOK.fitting(BOOK.methods(name))
+    return next((e for e in ("pointmass_medium", "pointmass_mix") if e in fits), fits[0])
+
+
 @pytest.mark.parametrize("seeds", [1, 3])
-@pytest.mark.parametrize("name", [n for n in capturable() if "offline" in BOOK.get("method", n).needs])
+@pytest.mark.parametrize("name", logged(capturable()))
 def test_captured_updates_equal_usual_ones(name, seeds):
     """Sixty-three updates with and without graphs, events at awkward steps: equal to the bit, or to 1e-5 where a library
     picks another kernel inside a graph."""
-    env = "pointmass_medium" if "pointmass_medium" in BOOK.fitting(BOOK.methods(name)) else BOOK.fitting(BOOK.methods(name))[0]
+    env = place(name)
     usual, graphs = train(name, env, seeds, False, 63), train(name, env, seeds, True, 63)
     assert graphs.graphs.graphs, "nothing was captured"
     for key, value in usual.method.state_dict().items():
@@ -55,12 +66,8 @@ def test_captured_online_training_equals_usual_training(name):
 
 
 def test_updates_never_wait_for_the_host():
-    for name in capturable():
-        if "offline" not in BOOK.get("method", name).needs:
-            continue
-        fits = BOOK.fitting(BOOK.methods(name))
-        env = "pointmass_medium" if "pointmass_medium" in fits else fits[0]
-        job = compose([f"method={name}", f"env={env}", "size=smoke", "logger=none", "hardware=gpu"], BOOK)
+    for name in logged(capturable()):
+        job = compose([f"method={name}", f"env={place(name)}", "size=smoke", "logger=none", "hardware=gpu"], BOOK)
         method, _, stream, _ = _assemble(job, make_fabric(job.config["hardware"]))
         method.update(stream.next())
         method.updates += 1
