@@ -45,8 +45,8 @@ def place(name) -> str:
     return next((e for e in ("pointmass_medium", "pointmass_mix") if e in fits), fits[0])
 
 
-@pytest.mark.parametrize("seeds", [1, 3])
-@pytest.mark.parametrize("name", logged(capturable()))
+@pytest.mark.parametrize(("name", "seeds"), [(n, k) for n in logged(capturable()) for k in (1, 3)
+                                            if k == 1 or "mixed" not in BOOK.get("method", n).needs])  # one seed plays
 def test_captured_updates_equal_usual_ones(name, seeds):
     """Sixty-three updates with and without graphs, events at awkward steps: equal to the bit, or to 1e-5 where a library
     picks another kernel inside a graph."""
@@ -71,9 +71,10 @@ def test_updates_never_wait_for_the_host():
         method, _, stream, _ = _assemble(job, make_fabric(job.config["hardware"]))
         method.update(stream.next())
         method.updates += 1
+        batch = stream.next()  # may play, which the host does
         torch.cuda.set_sync_debug_mode("error")
         try:
-            method.update(stream.next())
+            method.update(batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
