@@ -49,6 +49,8 @@ def folder_of(job: Job) -> Path:
 def locate(job: Job, force: bool, fork: bool) -> tuple[Path, dict | None]:
     """Where the run lives and what is recorded of it (nothing, under --force); refuses a locked run. Writes nothing."""
     folder = folder_of(job)
+    if fork and job.config["hardware"]["seeds"] > 1:  # the other seeds' folders would not be copies
+        raise UserError("--fork copies one run, not a batch of seeds\ngive another folder instead: runs=DIR")
     if fork:  # the first copy that is free or was left unfinished
         number = 2
         while True:
