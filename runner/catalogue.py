@@ -209,14 +209,25 @@ def main_class(path: Path) -> Class:
     return Class(classes[-1].name, classes[-1], path, text)
 
 
+def _bases(cls: Class) -> list[str]:
+    return [b.id for b in cls.node.bases if isinstance(b, ast.Name)]
+
+
+def added(cls: Class) -> list[Class]:
+    """`cls` and what it mixes into its base: the last base named goes on with the line, those before it are mixins (plain
+    classes, which two methods on different bases share)."""
+    return [cls, *(_find(cls.path, name) for name in _bases(cls)[:-1])]
+
+
 def lineage(cls: Class) -> list[Class]:
-    """`cls` and its bases inside this house, nearest first (single line of descent: see runner/interface.py)."""
-    out = [cls]
+    """`cls` and its bases inside this house, nearest first: one line of descent, mixins where they come in."""
+    out = []
     while True:
-        bases = [b.id for b in out[-1].node.bases if isinstance(b, ast.Name)]
-        if not bases or bases[0] in ("Method", "World", "Stream"):
+        out += added(cls)
+        bases = _bases(cls)
+        if not bases or bases[-1] in ("Method", "World", "Stream"):
             return out
-        out.append(_find(out[-1].path, bases[0]))
+        cls = _find(cls.path, bases[-1])
 
 
 def knobs(entry: Entry) -> list[Knob]:
@@ -266,8 +277,8 @@ def parts(entry: Entry) -> tuple[list[str], list[str]]:
 
 
 def changed_parts(entry: Entry) -> list[str]:
-    """The parts that an entry's own class overrides (what its card must say, too)."""
-    own = main_class(entry.source).methods()
+    """The parts that an entry's own class, or a mixin of it, overrides (what its card must say, too)."""
+    own = {name for cls in added(main_class(entry.source)) for name in cls.methods()}
     return [p for p in parts(entry)[0] if p in own]
 
 

@@ -130,7 +130,7 @@ def read_runs(folder: Path) -> tuple[list[Run], list[tuple[Path, str]]]:
 
 def _run(folder: Path, run: dict) -> Run:
     config, status = run["config"], str(run["status"])
-    if status == "running" and records.Lock(folder).holder() is None:
+    if records.killed(folder, run):
         status = "killed"
     gold, direction, value, curve, references = "", "max", float("nan"), ("", [], []), {}
     if status == "done":

@@ -117,6 +117,7 @@ class Loop:
         self.stop = stop or (lambda: False)
         self.step = 0
         self.best: dict | None = None       # {"step", "value", "weights"} of the best validation
+        self.diverged: dict[int, list] = {}  # [step, what was said] by place in the stack: those seeds have ended
         self.checkpoints = checkpoints
         self.saved = time.monotonic()
         self.autocast = None
@@ -136,6 +137,7 @@ class Loop:
             "stream": self.stream.state_dict(),
             "rng": rng_state(),
             "best": self.best,
+            "diverged": self.diverged,
             "metrics_size": [r.metrics_size() for r in self.records],
         }
 
@@ -151,7 +153,7 @@ class Loop:
             optimizer.load_state_dict(saved)
         self.method.load_extra_state(state["extra"])
         self.stream.load_state_dict(state["stream"])
-        self.best = state["best"]
+        self.best, self.diverged = state["best"], state.get("diverged", {})
         set_rng_state(state["rng"])
 
     def _load_modules(self, saved: dict):
@@ -197,7 +199,8 @@ class Loop:
 
     # -- training
     def run(self):
-        """Train to `settings.steps`. Raises Preempted after saving when asked to stop."""
+        """Train to `settings.steps`, or until every seed of a stack has diverged. Raises Preempted after saving when asked
+        to stop, NonFinite when a run of one seed diverges."""
         s, method, stream = self.settings, self.method, self.stream
         update = method.update
         if self.autocast:
@@ -209,7 +212,7 @@ class Loop:
 
         method.train()
         batch = None
-        while self.step < s.steps:
+        while self.step < s.steps and not (self.stack and len(self.diverged) == len(self.stack.seeds)):
             event = self._next_event()
             if self.graphs:
                 while self.step < event:
@@ -232,19 +235,21 @@ class Loop:
         s, step, last = self.settings, self.step, self.step == self.settings.steps
         lines = [{} for _ in self.stack.seeds] if self.stack else [{}]
         if step % s.log_every == 0 or last:
-            for line, numbers in zip(lines, self._numbers(metrics)):
+            for i, (line, numbers) in enumerate(zip(lines, self._numbers(metrics))):
+                if i in self.diverged:
+                    continue
                 line.update(self.stream.counters())
                 line.update(numbers)
-            wrong = [k for k in metrics if not math.isfinite(lines[0][k])]
-            if wrong and not self.stack:  # one seed of several must not end the others
-                self._diverged(wrong, lines[0], batch)
+                wrong = [k for k in metrics if not math.isfinite(line[k])]
+                if wrong:
+                    self._diverged(i, wrong, line, batch)
         if s.validate_every and (step % s.validate_every == 0 or last) and not self.stack:
             lines[0].update(self._validate())
         if s.eval_every and step % s.eval_every == 0 and not last:
             for line, figures in zip(lines, self._evaluations()):
                 line.update({f"eval/{k}": v for k, v in figures.items()})
-        if lines[0]:
-            self._log([{"step": step, **line} for line in lines])
+        if any(lines):
+            self._log([{"step": step, **line} if line else {} for line in lines])
         late = bool(s.save_seconds) and time.monotonic() - self.saved > s.save_seconds
         stop, late = self._agree((bool(self.stop()), late))
         if late or s.save_steps and step % s.save_steps == 0:
@@ -253,20 +258,28 @@ class Loop:
             self.save()
             raise Preempted
 
-    def _diverged(self, wrong: list[str], line: dict, batch: dict | None):
-        """Log the line, leave the batch of this step in the run's folder, raise NonFinite.
+    def _diverged(self, place: int, wrong: list[str], line: dict, batch: dict | None):
+        """Leave the batch of this step in the folder of the run that diverged. A single run ends here, by NonFinite; one seed
+        of several does not end the others: it is kept in `diverged`, and nothing more is logged or evaluated of it.
         Only log lines are looked at: it may have begun up to `log_every` updates earlier."""
         told = f"non-finite at step {self.step:,}: " + ", ".join(f"{k} = {line[k]}" for k in wrong)
-        self._log([{"step": self.step, **{k: v if k not in wrong else None for k, v in line.items()}}])
+        line.update(dict.fromkeys(wrong))
+        if not self.stack:
+            self._log([{"step": self.step, **line}])
         if batch is None and self.graphs:  # it was read inside a graph: take it once more
             self.stream.taken -= 1
             batch = self.stream.take()
-        if self.record and batch is not None:
+        if self.records and batch is not None:
             from safetensors.torch import save_file
-            tensors = {k: v.detach().cpu().contiguous().clone() for k, v in batch.items() if torch.is_tensor(v)}
-            save_file(tensors, self.record.folder / "nonfinite.safetensors", metadata={"step": str(self.step)})
+            own = {k: v[place] if self.stack else v for k, v in batch.items() if torch.is_tensor(v)}
+            tensors = {k: v.detach().cpu().contiguous().clone() for k, v in own.items()}
+            save_file(tensors, self.records[place].folder / "nonfinite.safetensors", metadata={"step": str(self.step)})
             told += "; its batch lies in nonfinite.safetensors"
-        raise NonFinite(told)
+        if not self.stack:
+            raise NonFinite(told)
+        self.diverged[place] = [self.step, told]
+        if self.progress:
+            self.progress.say(f"seed {self.stack.seeds[place]}: {told}")
 
     def _numbers(self, metrics: dict) -> list[dict[str, float]]:
         """Metrics on the host, in one transfer, of each seed; the mean over ranks."""
@@ -296,14 +309,17 @@ class Loop:
         return figures
 
     def _log(self, lines: list[dict]):
+        """One line for each record; an empty one stands for a seed that has ended."""
         lines = [{k: (v if not isinstance(v, float) or v == v else None) for k, v in line.items()}  # NaN is not json
                  for line in lines]
         for record, line in zip(self.records, lines):
-            record.log(line)
+            if line:
+                record.log(line)
         for logger in self.loggers:
-            logger.log(lines[0])
+            if lines[0]:
+                logger.log(lines[0])
         if self.progress:
-            self.progress.update(lines[0])
+            self.progress.update(next(line for line in lines if line))
 
     # -- the end
     def select(self):
@@ -314,7 +330,7 @@ class Loop:
         return self.step
 
     def evaluate(self) -> list[dict[str, float]]:
-        """Gold metrics of every seed."""
+        """Gold metrics of every seed; none of one that has diverged, whose actions no simulator might take."""
         self.method.eval()
         return self._evaluations()
 
@@ -322,4 +338,5 @@ class Loop:
         with aside():
             if not self.stack:
                 return [self.world.evaluate(self.method, self.seed)]
-            return [self.world.evaluate(self.stack.member(i), seed) for i, seed in enumerate(self.stack.seeds)]
+            return [{} if i in self.diverged else self.world.evaluate(self.stack.member(i), seed)
+                    for i, seed in enumerate(self.stack.seeds)]

@@ -71,9 +71,11 @@ def sweep(words: list[str], options: dict) -> int:
 
 def _is_done(job: Job) -> bool:
     try:
-        return (Record(folder_of(job)).read() or {}).get("status") == "done"
+        run = Record(folder_of(job)).read() or {}
     except UserError:
         return False
+    # A batch of seeds of which one diverged is given again: it ends at once, by saying so.
+    return run.get("status") == "done" and not run.get("batch", {}).get("diverged")
 
 
 def execute(planned, available: list[dict], flags: list[str], say) -> int:

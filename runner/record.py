@@ -189,6 +189,11 @@ def lines(path: Path) -> list[dict]:
     return out
 
 
+def killed(folder: Path, run: dict) -> bool:
+    """Whether a run recorded as running has nobody working on it. Of seeds trained at once the first's folder is locked."""
+    return run["status"] == "running" and Lock(folder.parent / run.get("batch", {}).get("state", folder.name)).holder() is None
+
+
 def folders(runs: Path) -> list[Path]:
     return sorted((p.parent for p in Path(runs).glob("*/run.json")), key=lambda p: p.name)
 

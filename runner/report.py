@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from runner.errors import UserError
-from runner.record import Lock, Record, folders, lines
+from runner.record import Record, folders, killed, lines
 
 
 def _console():
@@ -73,7 +73,7 @@ def _load(runs: Path, filters: list[str]) -> list[dict]:
             print(f"left out: {error}", file=sys.stderr)
             continue
         run["folder"] = str(folder)
-        if run["status"] == "running" and Lock(folder).holder() is None:
+        if killed(folder, run):
             run["status"] = "killed"
         if all(_fits(run, word) for word in filters):
             out.append(run)

@@ -49,6 +49,8 @@ def folder_of(job: Job) -> Path:
 def locate(job: Job, force: bool, fork: bool) -> tuple[Path, dict | None]:
     """Where the run lives and what is recorded of it (nothing, under --force); refuses a locked run. Writes nothing."""
     folder = folder_of(job)
+    if fork and job.config["hardware"]["seeds"] > 1:  # the other seeds' folders would not be copies
+        raise UserError("--fork copies one run, not a batch of seeds\ngive another folder instead: runs=DIR")
     if fork:  # the first copy that is free or was left unfinished
         number = 2
         while True:
@@ -153,6 +155,8 @@ def execute(job: Job, *, force=False, fork=False, quiet=False, command="", fabri
         _check_members(job)
     found = locate(job, force, fork) if rank == 0 else None
     folder, run = fabric.broadcast(found, 0) if several else found  # one decision, rank 0's
+    if run is not None and run.get("batch", {}).get("diverged"):
+        raise _diverged(job, run)
     if run is not None and run["status"] == "done":
         return {**run, "folder": str(folder), "already": True} if rank == 0 else {}
     records.require_space(folder)
@@ -180,7 +184,8 @@ def execute(job: Job, *, force=False, fork=False, quiet=False, command="", fabri
 
     if rank == 0:
         if force and Lock(folder).holder() is None:  # only now: what was asked for can be built, and nobody has come
-            shutil.rmtree(folder, ignore_errors=True)
+            for old in [folder, *(folder_of(member) for member in member_jobs(job)[1:])]:
+                shutil.rmtree(old, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         lock = Lock(folder).acquire()
     fabric.barrier()
@@ -200,6 +205,17 @@ def _check_members(job: Job):
             raise UserError(f"seed {member.config['seed']} has been trained in another batch of {len(seeds_of(job))} seeds, "
                             f"which began with seed {run.get('batch', {}).get('first')}: {folder_of(member)}\n"
                             "choose seeds that do not overlap, or another hardware.seeds")
+
+
+def _diverged(job: Job, run: dict) -> Failed:
+    """What is said of a batch of seeds that was trained to its end and of which some diverged. The same command does not
+    train it again: the healthy seeds are done, and the others would only diverge once more."""
+    folders = {str(member.config["seed"]): folder_of(member) for member in member_jobs(job)}
+    lost = run["batch"]["diverged"]
+    done = [seed for seed in folders if seed not in lost]
+    lines = [f"NonFinite: seed {seed}: {told}\nfolder: {folders[seed]}" for seed, told in lost.items()]
+    return Failed("\n".join(lines) + f"\n{'seeds ' + ', '.join(done) + ' are' if done else 'no seed is'} done; --force trains "
+                  "all of them again from nothing")
 
 
 def make_fabric(hardware: dict):
@@ -223,7 +239,7 @@ def _train(job, folder, fabric, method, world, stream, stack, quiet, command, be
     from runner import capture
     from runner.checkpoint import Checkpoints
     from runner.loggers import make_loggers
-    from runner.loop import Loop, Preempted, whole
+    from runner.loop import Loop, NonFinite, Preempted, whole
     from runner.progress import make_progress
     from runner.settings import Hardware as HardwareSettings
     from runner.settings import Loop as LoopSettings
@@ -248,7 +264,6 @@ def _train(job, folder, fabric, method, world, stream, stack, quiet, command, be
             one.event(what, **more)
 
     if record:
-        (folder / "traceback.txt").unlink(missing_ok=True)  # of an earlier attempt
         shared = {"status": "running", "error": None, "command": command or previous.get("command", ""),
                   "versions": records.versions(), **records.commit(catalogue.ROOT), "device": str(fabric.device),
                   "world_size": fabric.world_size, "graph": graph, "started": previous.get("started", records.now()),
@@ -259,6 +274,7 @@ def _train(job, folder, fabric, method, world, stream, stack, quiet, command, be
             shared["batch"] = {"first": job.config["seed"], "seeds": len(jobs), "state": folder.name}
         for one, member in zip(every, jobs):
             one.folder.mkdir(parents=True, exist_ok=True)
+            (one.folder / "traceback.txt").unlink(missing_ok=True)  # of an earlier attempt
             one.write(id=member.id, name=one.folder.name, config=member.config, seed=member.config["seed"], **shared)
     spent = previous.get("seconds", 0.0)
     try:
@@ -279,17 +295,30 @@ def _train(job, folder, fabric, method, world, stream, stack, quiet, command, be
                 if progress:
                     progress.stop()
                 for logger in loop.loggers:
-                    logger.close(sys.exc_info()[0] is None)
+                    logger.close(sys.exc_info()[0] is None and 0 not in loop.diverged)
         weights = whole(dict(method.state_dict()))  # every rank takes part
         if record is None:
             return {}
-        for i in reversed(range(len(every))):  # the first last: it is the one that says that all are done
+        ended = {"seconds": spent + time.monotonic() - began}
+        if loop.diverged:
+            ended["batch"] = {**shared["batch"], "diverged": {str(jobs[i].config["seed"]): told
+                                                              for i, (_, told) in sorted(loop.diverged.items())}}
+        for i in reversed(range(len(every))):  # the first last: it is the one that says that all have ended
+            if i in loop.diverged:
+                step, told = loop.diverged[i]
+                _failed(every[i], NonFinite(told), step=step, **ended)
+                continue
             _save_weights(stack.slice(weights, i) if stack else weights, every[i].folder, jobs[i], chosen)
             every[i].event("done", step=loop.step)
-            out = every[i].write(status="done", step=loop.step, evaluated_step=chosen, metrics=final[i],
-                                 references=references, finished=records.now(), seconds=spent + time.monotonic() - began,
-                                 metric_meaning={k: list(m) for k, m in world.metrics.items() if k in final[i]})
+            every[i].write(status="done", step=loop.step, evaluated_step=chosen, metrics=final[i], references=references,
+                           finished=records.now(), metric_meaning={k: list(m) for k, m in world.metrics.items()
+                                                                   if k in final[i]}, **ended)
+        out = record.read()
+        if loop.diverged:
+            raise _diverged(job, out)
         return {**out, "folder": str(folder)}
+    except Failed:  # written down already
+        raise
     except Preempted:
         note("preempted", step=loop.step, signal=stop.signal)
         for one in every:
@@ -311,9 +340,9 @@ def _train(job, folder, fabric, method, world, stream, stack, quiet, command, be
 
 
 def _failed(record: Record, error: Exception, **more) -> Failed:
-    """Write down that the run failed and why; call it while `error` is handled."""
+    """Write down that the run failed and why."""
     path = record.folder / "traceback.txt"
-    path.write_text(traceback.format_exc())
+    path.write_text("".join(traceback.format_exception(error)))
     record.event("failed", error=repr(error), step=more.get("step", 0))
     record.write(status="failed", error=repr(error), **more)
     return Failed(f"{type(error).__name__}: {error}\nthe full traceback: {path}")

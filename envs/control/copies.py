@@ -99,6 +99,52 @@ class Copies:
             _restore(env, state)
 
 
+class OwnCopies:
+    """The same interface for a testbed of this project, whose dynamics are a few lines of numpy: of each copy a state (S,),
+    which is what is observed, its step count and its generator. Actions are vectors in [-1, 1]."""
+
+    observation_size: int
+    action_size: int
+    horizon: int
+
+    def __init__(self, number: int):
+        self.envs, self.state, self.steps = range(number), np.zeros((number, self.observation_size)), [0] * number
+        self.generators = [np.random.default_rng(i) for i in range(number)]
+
+    def start(self, generator: np.random.Generator) -> np.ndarray:
+        """(S,): the first state of an episode"""
+        raise NotImplementedError
+
+    def advance(self, index: int, action: np.ndarray):
+        """One step from `self.state[index]` -> next state (S,), reward, terminated"""
+        raise NotImplementedError
+
+    def reset(self, index: int, seed: int | None = None) -> np.ndarray:
+        if seed is not None:
+            self.generators[index] = np.random.default_rng(seed)
+        self.steps[index], self.state[index] = 0, self.start(self.generators[index])
+        return self.state[index].copy()
+
+    def step(self, index: int, action: np.ndarray):
+        """-> observation, reward, terminated, truncated"""
+        action = np.clip(np.asarray(action, dtype=np.float64), -1, 1)
+        self.state[index], reward, terminated = self.advance(index, action)
+        self.steps[index] += 1
+        return self.state[index].copy(), float(reward), bool(terminated), self.steps[index] >= self.horizon
+
+    def close(self):
+        pass
+
+    def state_dict(self) -> list[dict]:
+        return [{"state": self.state[i].tolist(), "steps": self.steps[i], "generator": g.bit_generator.state}
+                for i, g in enumerate(self.generators)]
+
+    def load_state_dict(self, states: list[dict]):
+        for i, saved in enumerate(states):
+            self.state[i], self.steps[i] = saved["state"], saved["steps"]
+            self.generators[i].bit_generator.state = saved["generator"]
+
+
 def _layers(env):
     while True:
         yield env

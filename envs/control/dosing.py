@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from envs.control.base import EVALUATION_SEED, ControlWorld
+from envs.control.copies import OwnCopies
 from envs.control.rollouts import Rollouts
 from runner.errors import UserError
 from runner.interface import Metric, knob
@@ -59,44 +60,27 @@ def behaviour(state: np.ndarray, noise: np.ndarray) -> np.ndarray:
     return np.stack([f, u], -1) * 2 - 1
 
 
-class DosingCopies:
-    """The true dynamics, with the interface of envs/control/copies.py."""
+class DosingCopies(OwnCopies):
+    """The true dynamics."""
 
-    observation_size, action_size, costs = 3, 2, 1
+    observation_size, action_size, costs, horizon = 3, 2, 1, HORIZON
 
     def __init__(self, number: int):
-        self.envs, self.state, self.steps = range(number), np.zeros((number, 3)), [0] * number
-        self.generators = [np.random.default_rng(i) for i in range(number)]
+        super().__init__(number)
         self.cost = np.zeros((number, 1))                                          # of the last step
         self.told = {"cost": self.cost[:, 0], "died": np.zeros(number)}
 
-    def reset(self, index, seed=None):
-        if seed is not None:
-            self.generators[index] = np.random.default_rng(seed)
-        self.steps[index], self.state[index] = 0, first(self.generators[index])
-        return self.state[index].copy()
+    def start(self, generator):
+        return first(generator)
 
     def transition(self, index, action):
+        """-> next state, reward, cost, terminated"""
         return advance(self.state[index], action, self.generators[index].standard_normal(2))
 
-    def step(self, index, action):
-        action = np.clip(np.asarray(action, dtype=np.float64), -1, 1)
-        self.state[index], reward, self.cost[index], dead = self.transition(index, action)
+    def advance(self, index, action):
+        state, reward, self.cost[index], dead = self.transition(index, action)
         self.told["died"][index] = dead
-        self.steps[index] += 1
-        return self.state[index].copy(), float(reward), bool(dead), self.steps[index] >= HORIZON
-
-    def close(self):
-        pass
-
-    def state_dict(self):
-        return [{"state": self.state[i].tolist(), "steps": self.steps[i], "generator": g.bit_generator.state}
-                for i, g in enumerate(self.generators)]
-
-    def load_state_dict(self, states):
-        for i, saved in enumerate(states):
-            self.state[i], self.steps[i] = saved["state"], saved["steps"]
-            self.generators[i].bit_generator.state = saved["generator"]
+        return state, reward, dead
 
 
 class NearestCopies(DosingCopies):

@@ -16,28 +16,21 @@ import numpy as np
 import torch
 
 from envs.control.base import ControlWorld
+from envs.control.copies import OwnCopies
 from runner.interface import knob
 
 HORIZON = 100
 
 
-class PointMassCopies:
-    """The interface of envs/control/copies.py without a simulator."""
-
-    observation_size, action_size = 6, 3
+class PointMassCopies(OwnCopies):
+    observation_size, action_size, horizon = 6, 3, HORIZON
 
     def __init__(self, number: int, gravity: float, drag: float):
-        self.gravity, self.drag, self.envs = gravity, drag, range(number)
-        self.state = np.zeros((number, 6))
-        self.steps = [0] * number
-        self.generators = [np.random.default_rng(i) for i in range(number)]
+        super().__init__(number)
+        self.gravity, self.drag = gravity, drag
 
-    def reset(self, index, seed=None):
-        if seed is not None:
-            self.generators[index] = np.random.default_rng(seed)
-        self.state[index] = self.generators[index].standard_normal(6)
-        self.steps[index] = 0
-        return self.state[index].copy()
+    def start(self, generator):
+        return generator.standard_normal(6)
 
     def dynamics(self, state: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """state (…, 6), action (…, 3) in [-1, 1] -> next state, reward (…,)"""
@@ -46,22 +39,8 @@ class PointMassCopies:
         v = np.clip(v + 0.1 * (3 * action + self.gravity * np.sin(p) - self.drag * v), -20, 20)
         return np.concatenate([np.clip(p + 0.1 * v, -20, 20), v], -1), reward
 
-    def step(self, index, action):
-        self.state[index], reward = self.dynamics(self.state[index], np.clip(np.asarray(action, dtype=np.float64), -1, 1))
-        self.steps[index] += 1
-        return self.state[index].copy(), float(reward), False, self.steps[index] >= HORIZON
-
-    def close(self):
-        pass
-
-    def state_dict(self):
-        return [{"state": self.state[i].tolist(), "steps": self.steps[i], "generator": g.bit_generator.state}
-                for i, g in enumerate(self.generators)]
-
-    def load_state_dict(self, states):
-        for i, saved in enumerate(states):
-            self.state[i], self.steps[i] = saved["state"], saved["steps"]
-            self.generators[i].bit_generator.state = saved["generator"]
+    def advance(self, index, action):
+        return *self.dynamics(self.state[index], action), False
 
 
 class PointMassTeacher:

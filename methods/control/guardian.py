@@ -1,12 +1,15 @@
-"""The guardian of OGSRL: the region of (s, a) that a log supports, as a sublevel set of a kernel density; and what a method
-with the knobs of ogsrl does with it."""
+"""The guardian of OGSRL: the region of (s, a) that a log supports, as a sublevel set of a kernel density; and what OGSRL
+does with it, whichever constrained method it stands on."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 from torch import Tensor, nn
 
 from methods.control.onpolicy import running_sum
+from runner.interface import knob
 
 
 class Guardian(nn.Module):
@@ -60,20 +63,55 @@ class Guardian(nn.Module):
         return {**batch, "outside": outside, "left": sums > 0}
 
 
-def guarded_limits(limits: list[float], config) -> list[float]:
-    return limits + ([config.guardian_limit] if config.guardian == "constraint" else [])
+class Guarded:
+    """What OGSRL adds to a constrained method on the on-policy base (methods/control/onpolicy.py), named before it:
+    `class OGSRL(Guarded, CPO)`, and so in its Config."""
 
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        guardian: str = knob("constraint", "how the support is kept to", choices=["constraint", "penalty", "none"])
+        guardian_limit: float = knob(1.0, "d_g: unsupported steps allowed per episode", low=0.0,
+                                     source="project's choice: the log's own share of 20 steps", when={"guardian": "constraint"})
+        penalty: float = knob(-25.0, "reward of every step once the support is left", source="released code",
+                              when={"guardian": "penalty"})
+        support_share: float = knob(0.05, "share of the log below the threshold", low=0.0, high=0.5, source="paper")
+        bandwidth: float = knob(0.0, "h of the kernel, features in [-1, 1]; 0: fitted to the log", low=0.0,
+                                source="released code: 0.535")
+        official_costs: bool = knob(False, "costs with the released code's sign: the constraint never binds")
 
-def guarded_reward(reward: Tensor, batch, config) -> Tensor:
-    return torch.where(batch["left"], config.penalty, reward) if config.guardian == "penalty" else reward
+    def limits(self, spec):
+        c = self.config
+        return super().limits(spec) + ([c.guardian_limit] if c.guardian == "constraint" else [])
 
+    def setup(self, spec):
+        super().setup(spec)
+        self.guardian = Guardian(self.config.support_share, self.config.bandwidth)
 
-def guarded_costs(cost: Tensor, batch, config) -> Tensor:
-    """cost (T, n, C), used where there is a limit for it -> (T, n, channels)"""
-    channels = [cost] if config.cost_limit >= 0 else []
-    if config.guardian == "penalty":
-        channels = [torch.where(batch["left"].unsqueeze(-1), 1.0, c) for c in channels]
-    elif config.guardian == "constraint":
-        channels.append(batch["outside"].unsqueeze(-1))
-    out = torch.cat(channels, -1)
-    return -out if config.official_costs else out
+    def prepare(self, data):
+        """data: the log, observation (N, S) and action (N, A)."""
+        super().prepare(data)
+        if self.config.guardian != "none":
+            self.guardian.fit(data["observation"], data["action"])
+
+    @torch.no_grad()
+    def assess(self, batch):
+        if self.config.guardian == "none":
+            return super().assess(batch)
+        batch = self.guardian.watch(batch, self.carried)
+        self.told["outside"] = batch["outside"].mean()
+        return super().assess(batch)
+
+    def reward_transform(self, batch):
+        reward = super().reward_transform(batch)
+        return torch.where(batch["left"], self.config.penalty, reward) if self.config.guardian == "penalty" else reward
+
+    def costs(self, batch):
+        """(T, n, channels): the world's where there is a limit for them, then the guardian's"""
+        c, cost = self.config, super().costs(batch)
+        channels = [cost] if c.cost_limit >= 0 else []
+        if c.guardian == "penalty":
+            channels = [torch.where(batch["left"].unsqueeze(-1), 1.0, x) for x in channels]
+        elif c.guardian == "constraint":
+            channels.append(batch["outside"].unsqueeze(-1))
+        out = torch.cat(channels, -1)
+        return -out if c.official_costs else out

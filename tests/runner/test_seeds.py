@@ -109,6 +109,29 @@ def test_what_cannot_be_stacked_is_refused(cli, more, said):
     assert not list(cli.cwd.iterdir())
 
 
+def test_every_seed_counts_as_running_while_the_first_is_locked(cli):
+    from runner.record import Lock, Record
+
+    folders = [cli.cwd / "runs" / name for name in ("a-s0-1", "a-s1-2")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        Record(folder).write(name=folder.name, status="running", seed=0, batch={"first": 0, "seeds": 2, "state": "a-s0-1"},
+                             config={"method": {"name": "td3"}, "env": {"name": "line"}, "size": "smoke", "seed": 0,
+                                     "loop": {"steps": 9}})
+    shown = lambda: [run["status"] for run in json.loads(cli("status", "--json").out)]  # noqa: E731
+    assert shown() == ["killed", "killed"]
+    lock = Lock(folders[0]).acquire()
+    try:
+        assert shown() == ["running", "running"]
+    finally:
+        lock.release()
+
+
+def test_a_batch_of_seeds_is_not_forked(cli):
+    result = cli("method=td3", "env=pointmass_medium", "size=smoke", "hardware.seeds=2", "--fork")
+    assert result.code == 2 and "--fork copies one run" in result.err and not list(cli.cwd.iterdir())
+
+
 def test_overlapping_batches_of_seeds_are_refused(cli):
     base = ["method=td3", "env=pointmass_medium", "size=smoke", "logger=none", "hardware=cpu", "hardware.seeds=2"]
     assert cli(*base, "seed=1").code == 0

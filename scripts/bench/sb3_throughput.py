@@ -1,11 +1,11 @@
-"""TD3 on HalfCheetah-v5 on one core: environment steps a second, ours beside Stable-Baselines3, equal settings.
+"""TD3 or SAC on HalfCheetah-v5 on one core: environment steps a second, ours beside Stable-Baselines3, equal settings.
 
-Ours: method td3, the simulator's own replay stream and the loop as a run makes them, writing metrics.jsonl. SB3: its TD3
-as it comes. Both: one environment, one update a step, batch 256, Adam 3e-4, gamma 0.99, tau 0.005, actor delay 2, action
-noise 0.1, target noise 0.2 clipped at 0.5, the same widths. Learning has begun before the clock does. The two sides take
-turns; the ratio is of CPU seconds.
+Ours: the method as a run makes it (loop, stream, records). SB3: its own as it comes. Both: one environment, one update a step
+(of critics, targets and, for SAC, actor and temperature; TD3's actor every second), batch 256, Adam 3e-4 throughout, gamma
+0.99, tau 0.005, two critics, the same widths. TD3: action noise 0.1, target noise 0.2 clipped at 0.5. SAC: target entropy -A.
+Learning has begun before the clock does. The two sides take turns; the ratio is of CPU seconds.
 
-The floor: the multiply-adds of one step at the rate that this core reaches in one large product (torch.mm of
+The floor, of TD3: the multiply-adds of one step at the rate that this core reaches in one large product (torch.mm of
 batch x H x H), and the time of all the step's products, each at its own shape. Neither holds any other arithmetic, nor
 the simulator, whose time a step is printed beside them.
 
@@ -14,7 +14,6 @@ Targets: at least 1.2 times SB3's steps a second at 256 256, 1.5 times at 64 64.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import tempfile
 import time
@@ -26,56 +25,34 @@ import torch
 
 ENV = "HalfCheetah-v5"
 TARGETS = {(256, 256): 1.2, (64, 64): 1.5}
-SHARED = {"batch_size": 256, "learning_rate": 3e-4, "gamma": 0.99, "tau": 0.005, "policy_delay": 2, "action_noise": 0.1,
-          "target_noise": 0.2, "target_noise_clip": 0.5, "envs": 1, "train_freq": 1, "gradient_steps": 1}
+BATCH, ACTOR_DELAY = 256, 2
+OURS = {"td3": [f"method.actor_delay={ACTOR_DELAY}", "method.exploration_noise=0.1", "method.target_noise=0.2",
+                "method.target_noise_clip=0.5"],
+        "sac": []}
 
 
-class Ours:
-    def __init__(self, hidden, capacity: int, start: int, log_every: int, folder: Path):
-        from runner.catalogue import Catalogue
-        from runner.checkpoint import Checkpoints
-        from runner.compose import compose
-        from runner.loop import Loop
-        from runner.record import Record
-        from runner.run import assemble, make_fabric
-        from runner.settings import Loop as Settings
+def ours(hidden, a, folder: Path):
+    from _training import Training
 
-        s = SHARED
-        job = compose(["method=td3", "env=halfcheetah", "hardware=cpu", "logger=none", f"method.hidden={list(hidden)}",
-                       f"method.learning_rate={s['learning_rate']}", f"method.discount={s['gamma']}",
-                       f"method.target_rate={s['tau']}", f"method.actor_delay={s['policy_delay']}",
-                       f"method.exploration_noise={s['action_noise']}", f"method.target_noise={s['target_noise']}",
-                       f"method.target_noise_clip={s['target_noise_clip']}", f"env.batch_size={s['batch_size']}",
-                       f"env.copies={s['envs']}", "env.steps_per_update=1", f"env.capacity={capacity}",
-                       f"env.start_steps={start}", f"loop.log_every={log_every}"], Catalogue())
-        fabric = make_fabric(job.config["hardware"])
-        self.method, self.world, self.stream = assemble(job, fabric)
-        folder.mkdir(parents=True)
-        self.record = Record(folder)
-        self.loop = Loop(self.method, self.world, self.stream, Settings(**job.config["loop"]), seed=0, record=self.record,
-                         checkpoints=Checkpoints(folder / "checkpoints", 2), fabric=fabric)
-        # A checkpoint every 60 seconds is not part of a step's cost, and SB3 saves none.
-        self.loop.settings = dataclasses.replace(self.loop.settings, save_seconds=0.0)
-        self.loop.resume()
-
-    def train(self, steps: int):
-        self.loop.settings = dataclasses.replace(self.loop.settings, steps=self.loop.step + steps)
-        self.loop.run()
+    return Training(folder, f"method={a.method}", "env=halfcheetah", "hardware=cpu", f"method.hidden={list(hidden)}",
+                    "method.learning_rate=3e-4", "method.discount=0.99", "method.target_rate=0.005", *OURS[a.method],
+                    f"env.batch_size={BATCH}", "env.copies=1", "env.steps_per_update=1", f"env.capacity={a.capacity}",
+                    f"env.start_steps={a.start_steps}", f"loop.log_every={a.log_every}")
 
 
 class Theirs:
-    def __init__(self, hidden, capacity: int, start: int):
-        from stable_baselines3 import TD3
+    def __init__(self, hidden, a):
+        import stable_baselines3 as sb3
         from stable_baselines3.common.noise import NormalActionNoise
 
-        s = SHARED
-        self.model = TD3("MlpPolicy", ENV, learning_rate=s["learning_rate"], buffer_size=capacity, learning_starts=start,
-                         batch_size=s["batch_size"], tau=s["tau"], gamma=s["gamma"], train_freq=s["train_freq"],
-                         gradient_steps=s["gradient_steps"], policy_delay=s["policy_delay"],
-                         action_noise=NormalActionNoise(np.zeros(6), np.full(6, s["action_noise"])),
-                         target_policy_noise=s["target_noise"], target_noise_clip=s["target_noise_clip"],
-                         policy_kwargs={"net_arch": list(hidden)}, device="cpu", seed=0)
-        self.model.learn(start, log_interval=4)  # random actions, no update yet
+        own = {"sac": {"ent_coef": "auto", "target_entropy": "auto"},
+               "td3": {"policy_delay": ACTOR_DELAY, "action_noise": NormalActionNoise(np.zeros(6), np.full(6, 0.1)),
+                       "target_policy_noise": 0.2, "target_noise_clip": 0.5}}
+        self.model = getattr(sb3, a.method.upper())(
+            "MlpPolicy", ENV, learning_rate=3e-4, buffer_size=a.capacity, learning_starts=a.start_steps, batch_size=BATCH,
+            tau=0.005, gamma=0.99, train_freq=1, gradient_steps=1, policy_kwargs={"net_arch": list(hidden)}, device="cpu",
+            seed=0, **own[a.method])
+        self.model.learn(a.start_steps, log_interval=4)  # random actions, no update yet
 
     def train(self, steps: int):
         self.model.learn(steps, reset_num_timesteps=False, log_interval=4)
@@ -99,7 +76,7 @@ def products(inputs: int, actions: int, hidden, batch: int) -> list[tuple[float,
 
     out = forward(actor, 1) + forward(critic, 2)                                        # target
     out += forward(critic, 2) + weights(critic, 2) + inputs_(critic[1:], 2)             # critics
-    half = 1 / SHARED["policy_delay"]
+    half = 1 / ACTOR_DELAY
     out += forward(actor, half) + forward(critic, half)                                 # actor
     out += inputs_(critic[1:], half) + [(half, batch, hidden[0], actions)]              # through Q to the action alone
     return out + weights(actor, half) + inputs_(actor[1:], half)
@@ -122,7 +99,7 @@ def seconds_of(m: int, k: int, n: int, budget: float = 0.03) -> float:
 
 
 def floor(hidden) -> dict:
-    batch, shapes = SHARED["batch_size"], products(17, 6, hidden, SHARED["batch_size"])
+    batch, shapes = BATCH, products(17, 6, hidden, BATCH)
     multiply_adds = sum(t * m * k * n for t, m, k, n in shapes)
     shape = (batch, hidden[0], hidden[-1])
     rate = shape[0] * shape[1] * shape[2] / seconds_of(*shape, budget=0.2)
@@ -145,29 +122,26 @@ def simulator_ms(steps: int = 2000) -> float:
 
 
 def measure(hidden, a, folder: Path) -> dict:
-    ours = Ours(hidden, a.capacity, a.start_steps, a.log_every, folder)
-    sides = {"ours": ours}
-    if not a.alone:
-        sides["sb3"] = Theirs(hidden, a.capacity, a.start_steps)
+    training = ours(hidden, a, folder)
+    sides = {"ours": training} if a.alone else {"ours": training, "sb3": Theirs(hidden, a)}
     for side in sides.values():
         side.train(a.steps // 3)  # fill, begin to learn, warm
-    before = ours.stream.env_steps
+    before = training.stream.env_steps
     clocks = common.interleave({n: (lambda s=s: s.train(a.steps)) for n, s in sides.items()}, a.repeats,
                                say=lambda c: f"{a.steps / c.cpu:.0f} steps/s")
-    assert ours.stream.env_steps - before == a.steps * a.repeats
-    ours.record.close()
+    assert training.stream.env_steps - before == a.steps * a.repeats
     rates = {n: {f"{w}_{k}": a.steps / f(c, w) for w in ("cpu", "wall")
                  for k, f in (("best", common.least), ("median", common.middle))} for n, c in clocks.items()}
-    out = {"hidden": list(hidden), "steps_per_second": rates, "floor": floor(hidden)}
-    out["ours_ms"] = 1e3 / rates["ours"]["cpu_best"]
-    out["ours_over_floor"] = out["ours_ms"] / out["floor"]["floor_ms"]
-    if "sb3" in clocks:
-        out["ratio"] = common.ratios(clocks["sb3"], clocks["ours"])
-    return out
+    out = {"hidden": list(hidden), "steps_per_second": rates, "ours_ms": 1e3 / rates["ours"]["cpu_best"]}
+    if a.method == "td3":
+        out["floor"] = floor(hidden)
+        out["ours_over_floor"] = out["ours_ms"] / out["floor"]["floor_ms"]
+    return out | ({} if a.alone else {"ratio": common.ratios(clocks["sb3"], clocks["ours"])})
 
 
 def main() -> int:
     parser = common.parser(__doc__)
+    parser.add_argument("method", choices=list(OURS))
     parser.add_argument("--hidden", type=int, nargs="+", action="append", metavar="WIDTH",
                         help="widths of the hidden layers; may be given again (default: 256 256 and 64 64)")
     parser.add_argument("--steps", type=int, default=1000, help="steps of one repeat")
@@ -196,18 +170,19 @@ def main() -> int:
         common.table(["hidden", "CPU best", "CPU median", "CPU paired", "wall best", "wall median", "wall paired"],
                      [["x".join(map(str, r["hidden"])), *r["ratio"].values()] for r in results])
     print("\nCPU ms a step")
-    common.table(["hidden", "ours", "simulator", "Mmul-add", "GFLOP/s", "FLOP floor", "products", "ours/floor",
-                  "(ours-sim)/products"],
-                 [["x".join(map(str, r["hidden"])), r["ours_ms"], step_ms, r["floor"]["multiply_adds"] / 1e6,
-                   r["floor"]["gflops"], r["floor"]["floor_ms"], r["floor"]["products_ms"], r["ours_over_floor"],
-                   (r["ours_ms"] - step_ms) / r["floor"]["products_ms"]] for r in results])
+    common.table(["hidden", "ours", "simulator"], [["x".join(map(str, r["hidden"])), r["ours_ms"], step_ms] for r in results])
+    if a.method == "td3":
+        common.table(["hidden", "Mmul-add", "GFLOP/s", "FLOP floor", "products", "ours/floor", "(ours-sim)/products"],
+                     [["x".join(map(str, r["hidden"])), f["multiply_adds"] / 1e6, f["gflops"], f["floor_ms"], f["products_ms"],
+                       r["ours_over_floor"], (r["ours_ms"] - step_ms) / f["products_ms"]]
+                      for r in results for f in [r["floor"]]])
     if not a.alone:
         for r in results:
             target = TARGETS.get(tuple(r["hidden"]))
             if target:
                 good &= common.verdict(f"ours / sb3 at {r['hidden']} (CPU, paired median)", r["ratio"]["cpu_paired"],
                                        target, most=False)
-    common.write_json(a.json, {"settings": {**SHARED, **vars(a)}, "simulator_ms": step_ms, "figures": results, "ok": good})
+    common.write_json(a.json, {"settings": vars(a), "simulator_ms": step_ms, "figures": results, "ok": good})
     return 0 if good else 1
 
 
