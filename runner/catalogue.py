@@ -1,8 +1,9 @@
-"""Cards and the registry: which methods and envs exist, what they need and provide, where their code lies.
+"""Cards and the registry: which methods, envs and policies exist, what they need and provide, where their code lies.
 
 Reads yaml and parses (never imports) Python, so that `list`, `show`, `check` and completion need neither torch nor
-Hydra. A method is conf/method/<family>/<name>.yaml + methods/<family>/<name>.py; an env likewise. A user's own is one
-.yaml + one .py in a folder given by --include; its card says `kind: method` or `kind: env`.
+Hydra. A method is conf/method/<family>/<name>.yaml + methods/<family>/<name>.py; an env likewise; a policy (for families
+whose networks are chosen apart from the learning rule) is conf/policy/<family>/<name>.yaml + methods/<family>/<name>.py. A
+user's own is one .yaml + one .py in a folder given by --include; its card says `kind: method` or `kind: env`.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ from runner.knobs import Knob
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_CODE = {"method": "methods", "env": "envs"}
-GROUPS = ("method", "env", "hardware", "size", "logger")
+_CODE = {"method": "methods", "env": "envs", "policy": "methods"}
+KINDS = tuple(_CODE)
+GROUPS = (*KINDS, "hardware", "size", "logger")
 
 
 class Entry(NamedTuple):
-    """One method or env: its card, the values its yaml changes, its source file."""
+    """One method, env or policy: its card, the values its yaml changes, its source file."""
 
     name: str
-    kind: str          # "method" or "env"
+    kind: str          # "method", "env" or "policy"
     family: str        # the folder: control, preference, …; "include" for a user's own
     card: dict
     values: dict       # changed values, card and sizes left out
@@ -72,8 +74,8 @@ class Catalogue:
     """Every method and env. `include` are folders with a user's own."""
 
     def __init__(self, include=()):
-        self.paths: dict[str, dict[str, tuple]] = {"method": {}, "env": {}}
-        for kind in ("method", "env"):
+        self.paths: dict[str, dict[str, tuple]] = {kind: {} for kind in KINDS}
+        for kind in KINDS:
             for path in sorted((CONF / kind).glob("*/*.yaml")):
                 self.paths[kind][path.stem] = (path, path.parent.name, None)
         self.include = [Path(d).resolve() for d in include]
@@ -83,7 +85,7 @@ class Catalogue:
             for path in sorted(folder.glob("*.yaml")):
                 kind = (load_yaml(path).get("card") or {}).get("kind")
                 if kind not in self.paths:
-                    raise UserError(f"{path}: its card must say `kind: method` or `kind: env`")
+                    raise UserError(f"{path}: its card must say `kind: method` or `kind: env` (or `kind: policy`)")
                 if path.stem in self.paths[kind]:
                     raise UserError(f"{path}: a {kind} named '{path.stem}' exists already; rename yours")
                 self.paths[kind][path.stem] = (path, "include", path.with_suffix(".py"))
@@ -99,7 +101,7 @@ class Catalogue:
         family, _, short = str(name).rpartition("/")
         found = self.paths[kind].get(short)
         if found is None or (family and family != found[1]):
-            raise unknown(kind, name, self.names(kind), f"`python -m runner list {kind}s` shows all")
+            raise unknown(kind, name, self.names(kind), f"`python -m runner list {plural(kind)}` shows all")
         key = (kind, short)
         if key not in self._entries:
             self._entries[key] = _entry(found[0], kind, found[1], found[2])
@@ -118,6 +120,16 @@ class Catalogue:
             check_composition(entries)
         return entries
 
+    def policy(self, methods: list[Entry], name: str = "") -> Entry | None:
+        """The policy that these methods train, for families where it is chosen apart (the card's `policy` is the default);
+        None for methods that build their own."""
+        default = next((m.card["policy"] for m in methods if m.card.get("policy")), None)
+        if default is None:
+            if name:
+                raise UserError(f"policy={name}: method '{methods[0].name}' builds its own networks; leave policy out")
+            return None
+        return self.get("policy", name or default)
+
     def fitting(self, methods: list[Entry]) -> list[str]:
         """Names of the envs that provide a kind of batches that all these methods can learn from."""
         return [e.name for e in self.all("env") if stream_kind(methods, e)]
@@ -132,6 +144,10 @@ class Catalogue:
                     f"method '{name}' does not fit env '{env.name}': it needs {' or '.join(common) or 'no common kind'}, "
                     f"which '{env.name}' does not provide (it provides {', '.join(env.provides) or 'nothing'})\n"
                     + (f"envs that fit: {', '.join(fits)}" if fits else "no env in the catalogue fits"))
+
+
+def plural(kind: str) -> str:
+    return "policies" if kind == "policy" else f"{kind}s"
 
 
 def stream_kind(methods: list[Entry], env: Entry) -> str | None:

@@ -89,7 +89,7 @@ _VALUED = {"--include": "", "--jobs": "run claim", "--family": "claim", "--by": 
            "--runs": "status results eval export video compare report", "--command": "worker"}
 # what is easily written as an option of a run, but is a setting
 _SETTINGS = {"--steps": "loop.steps",
-             **{f"--{k}": k for k in ("method", "env", "hardware", "size", "logger", "seed", "runs")}}
+             **{f"--{k}": k for k in ("method", "env", "policy", "hardware", "size", "logger", "seed", "runs")}}
 
 
 def _options(words: list[str], command: str) -> dict:
@@ -156,17 +156,17 @@ def _width() -> int:
 
 
 def _list(words, options) -> int:
-    from runner.catalogue import CONF
+    from runner.catalogue import CONF, KINDS
 
-    book, kinds = _book(options), ("methods", "envs", "hardware", "sizes", "loggers")
+    book, kinds = _book(options), ("methods", "envs", "policies", "hardware", "sizes", "loggers")
     what = words or ["methods", "envs"]
     for word in what:
         if word not in kinds:
             raise unknown("thing to list", word, kinds)
     out = {}
     for word in what:
-        kind = word if word == "hardware" else word[:-1]
-        if kind in ("method", "env"):
+        kind = {"hardware": "hardware", "policies": "policy"}.get(word, word[:-1])
+        if kind in KINDS:
             out[word] = [{"name": e.name, "family": e.family, "baseline": e.card.get("baseline"),
                           "title": e.card.get("title", ""), "summary": e.card.get("summary", ""),
                           "needs": e.needs, "provides": e.provides} for e in book.all(kind)]
@@ -177,7 +177,9 @@ def _list(words, options) -> int:
         return 0
     for i, word in enumerate(what):
         print(("\n" if i else "") + word)
-        if word in ("methods", "envs"):
+        if word == "policies":
+            print(_columns([[e["name"], e["family"], e["summary"]] for e in out[word]], ["name", "family", "what it is"]))
+        elif word in ("methods", "envs"):
             key = "needs" if word == "methods" else "provides"
             print(_columns([[e["name"], e["family"], ", ".join(e[key]), e["summary"]] for e in out[word]],
                            ["name", "family", key, "what it is"]))
@@ -192,13 +194,16 @@ def _comment(path: Path) -> str:
 
 
 def _one(words, book, what="NAME"):
+    from runner.catalogue import KINDS
+
     if len(words) != 1:
         raise UserError(f"give one {what}; for example: python -m runner show adpo")
     name = words[0]
-    for kind in ("method", "env"):
+    for kind in KINDS:
         if name.rpartition("/")[2] in book.paths[kind]:
             return book.get(kind, name)
-    raise unknown("method or env", name, book.names("method") + book.names("env"), "`python -m runner list` shows all")
+    raise unknown("method, env or policy", name, [n for kind in KINDS for n in book.names(kind)],
+                  "`python -m runner list` shows all")
 
 
 def _show(words, options) -> int:
@@ -208,8 +213,12 @@ def _show(words, options) -> int:
     entry = _one(words, book)
     card, knobs = entry.card, catalogue.knobs(entry)
     values = {k.name: k.check(entry.values[k.name], entry.kind) if k.name in entry.values else k.default for k in knobs}
-    fits = book.fitting([entry]) if entry.kind == "method" else \
-        [m.name for m in book.all("method") if catalogue.stream_kind([m], entry)]
+    if entry.kind == "method":
+        fits = book.fitting([entry])
+    elif entry.kind == "env":
+        fits = [m.name for m in book.all("method") if catalogue.stream_kind([m], entry)]
+    else:
+        fits = [m.name for m in book.all("method") if m.card.get("policy")]
     if options.get("json"):
         print(json.dumps({"name": entry.name, "kind": entry.kind, "family": entry.family, **card,
                           "parts_changed": catalogue.changed_parts(entry) if entry.kind == "method" else [],
@@ -231,8 +240,11 @@ def _show(words, options) -> int:
                   "bit for bit)")
         print(f"  needs     {' or '.join(entry.needs)}")
         print(f"  envs      {', '.join(fits) or 'none fits yet'}")
+        if card.get("policy"):
+            print(f"  policies  {', '.join(book.names('policy'))}  (policy=NAME; {card['policy']} unless said)")
     else:
-        print(f"  provides  {', '.join(entry.provides)}")
+        if entry.kind == "env":
+            print(f"  provides  {', '.join(entry.provides)}")
         print(f"  methods   {', '.join(fits)}")
     source = entry.source
     print(f"  file      {source.relative_to(catalogue.ROOT) if source.is_relative_to(catalogue.ROOT) else source}")

@@ -22,7 +22,7 @@ def candidates() -> dict[str, list[str]]:
             keys.append(f"{name}.{k.name}=")
             if k.choices:
                 values[f"{name}.{k.name}="] = list(k.choices)
-    for kind in ("method", "env"):
+    for kind in catalogue.KINDS:
         for entry in book.all(kind):
             for k in catalogue.knobs(entry):
                 key = f"{kind}.{k.name}="
@@ -32,7 +32,7 @@ def candidates() -> dict[str, list[str]]:
                     values[key] = sorted({*values.get(key, []), *map(str, k.choices)})
     return {"words": [c for c in COMMANDS if c != "worker"] + sorted({*_FLAGS, *_VALUED}), "keys": keys, "values": values,
             "data": [e.name for e in book.all("env") if e.card.get("data")],
-            "names": book.names("method") + book.names("env"),
+            "names": [n for kind in catalogue.KINDS for n in book.names(kind)],
             "claims": sorted(p.stem for p in (catalogue.CONF / "claim").glob("*/*.yaml"))}
 
 

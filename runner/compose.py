@@ -17,7 +17,7 @@ from runner.errors import UserError, unknown
 from runner.knobs import fill, knobs_of
 
 SECTIONS = {"loop": settings.Loop, "hardware": settings.Hardware, "logger": settings.Logger}
-TOP = ("method", "env", "hardware", "size", "logger", "loop", "seed", "runs")
+TOP = ("method", "env", "policy", "hardware", "size", "logger", "loop", "seed", "runs")
 
 
 class Job(NamedTuple):
@@ -27,6 +27,7 @@ class Job(NamedTuple):
     methods: list
     env: catalogue.Entry
     id: str
+    policy: catalogue.Entry | None = None  # where the method's family has policies to choose from
 
     @property
     def name(self) -> str:
@@ -74,27 +75,29 @@ def compose(words: list[str], book: catalogue.Catalogue) -> Job:
         if group in chosen and chosen[group] not in book.names(group):
             raise unknown(group, chosen[group], book.names(group))
     book.check_pairing(methods, env)
+    policy = book.policy(methods, chosen.get("policy", ""))
 
     size = chosen.get("size", "claim")
     weak = []
     kind = catalogue.stream_kind(methods, env)
     has = {f"method.{k.name}" for k in catalogue.composed_knobs(methods)}
+    has |= {f"policy.{k.name}" for k in catalogue.knobs(policy)} if policy else set()
     weak += [f"++{k}={json.dumps(v)}" for k, v in env.sizes.get(size, {}).get(kind, {}).items()
-             if k in has or not k.startswith("method.")]  # an env's advice for settings that a method lacks is not meant for it
-    for entry in methods:
+             if k in has or not k.startswith(("method.", "policy."))]  # an env's advice for settings that are not there
+    for entry in [policy, *methods] if policy else methods:
         weak += [f"++{k}={json.dumps(v)}" for k, v in entry.sizes.get(size, {}).items()]
     strong = []
     for (key, value), word in zip(given, words):
         bare = key.lstrip("+~")
-        if bare in ("method", "env"):
+        if bare in catalogue.KINDS:
             continue
         if bare in ("hardware", "size", "logger"):
             strong.append(f"{bare}={value}")
             continue
-        _check_key(bare, methods, env)
+        _check_key(bare, methods, env, policy)
         strong.append(word if word[0] in "~" else f"++{bare}={value}")
-    raw = _hydra(methods, env, weak + strong)
-    return _finish(raw, methods, env, size)
+    raw = _hydra(methods, env, policy, weak + strong)
+    return _finish(raw, methods, env, policy, size)
 
 
 def _is_sweep(word: str) -> bool:
@@ -109,21 +112,22 @@ def _is_sweep(word: str) -> bool:
         return False  # it is refused later, with the reason
 
 
-def _known_keys(methods, env) -> list[str]:
+def _known_keys(methods, env, policy) -> list[str]:
     keys = list(TOP)
+    keys += [f"policy.{k.name}" for k in catalogue.knobs(policy)] if policy else []
     keys += [f"method.{k.name}" for k in catalogue.composed_knobs(methods)]
     keys += [f"env.{k.name}" for k in catalogue.knobs(env)]
     keys += [f"{s}.{f.name}" for s, c in SECTIONS.items() for f in dataclasses.fields(c)]
     return keys
 
 
-def _check_key(key, methods, env):
-    known = _known_keys(methods, env)
+def _check_key(key, methods, env, policy):
+    known = _known_keys(methods, env, policy)
     if key not in known:
         raise unknown("key", key, known, f"`python -m runner show {methods[0].name}` lists its settings")
 
 
-def _hydra(methods, env, overrides) -> dict:
+def _hydra(methods, env, policy, overrides) -> dict:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -133,9 +137,9 @@ def _hydra(methods, env, overrides) -> dict:
 
     choices = []
     store = ConfigStore.instance()
-    for group, entry in (("method", methods[0]), ("env", env)):
+    for group, entry in (("method", methods[0]), ("env", env), *([("+policy", policy)] if policy else [])):
         if entry.family == "include":
-            store.store(group=f"{group}/include", name=entry.name, node={"card": {}, **entry.values})
+            store.store(group=f"{entry.kind}/include", name=entry.name, node={"card": {}, **entry.values})
         choices.append(f"{group}={entry.family}/{entry.name}")
     said: dict[str, tuple] = {key: (value, methods[0].name) for key, value in methods[0].values.items()}
     for entry in methods[1:]:  # a+b: b's changed values over a's
@@ -152,7 +156,7 @@ def _hydra(methods, env, overrides) -> dict:
         raise UserError("this configuration cannot be composed: " + "; ".join(reason[:2])) from None
 
 
-def _finish(raw: dict, methods, env, size) -> Job:
+def _finish(raw: dict, methods, env, policy, size) -> Job:
     """Check everything against the schemas and fill in the defaults."""
     for key in raw:
         if key not in TOP:
@@ -171,6 +175,8 @@ def _finish(raw: dict, methods, env, size) -> Job:
     config = {
         "method": {"name": "+".join(e.name for e in methods), **fill(catalogue.composed_knobs(methods), method, "method")},
         "env": {"name": env.name, **fill(catalogue.knobs(env), world, "env")},
+        **({"policy": {"name": policy.name, **fill(catalogue.knobs(policy), {
+            k: v for k, v in raw["policy"].items() if k not in ("card", "sizes")}, "policy")}} if policy else {}),
         "size": size,
         **sections,
         "seed": seed,
@@ -179,12 +185,14 @@ def _finish(raw: dict, methods, env, size) -> Job:
     if env.card.get("data") and config["env"].get("source") == "auto":  # the record tells which data it were
         config["env"]["source"] = places.choose_source(config["env"]["dataset"], config["env"]["data_size"])
     config = json.loads(json.dumps(config))  # tuples become lists, as they will be read back
-    return Job(config, methods, env, identity(config))
+    return Job(config, methods, env, identity(config), policy)
 
 
 def rebuild(config: dict, book: catalogue.Catalogue) -> Job:
     """The Job of a recorded config (run.json): its methods and env are looked up again."""
-    return Job(config, book.methods(config["method"]["name"]), book.get("env", config["env"]["name"]), identity(config))
+    methods = book.methods(config["method"]["name"])
+    policy = book.policy(methods, config["policy"]["name"]) if "policy" in config else None
+    return Job(config, methods, book.get("env", config["env"]["name"]), identity(config), policy)
 
 
 def expand(words: list[str]) -> list[list[str]]:

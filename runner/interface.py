@@ -32,7 +32,10 @@ class Spec:
     costs: int = 0                        # cost channels beside the reward
     candidates: int | None = None         # length of a candidate list
     classes: int | None = None
-    vocabulary: int | None = None
+    alphabet: str | None = None           # characters of prompts and responses; a policy with a tokeniser of its own ignores it
+    end: str | None = None                # the character that ends a response, part of it
+    prompt_length: int | None = None      # most tokens of a prompt, and of a response; characters where the alphabet counts
+    response_length: int | None = None
     seeds: int | None = None              # seeds trained at once: a leading axis of every tensor; None: no such axis
 
 
@@ -62,6 +65,10 @@ class Engine:
     def synchronise(self, parameters: list[nn.Parameter]):
         """Average gradients over processes."""
 
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a scalar over processes, such as a loss's denominator."""
+        return value
+
 
 class Method(nn.Module):
     """A learning rule. Subclass in methods/<family>/, override the named parts of the family's base algorithm.
@@ -81,6 +88,9 @@ class Method(nn.Module):
     batchable = False
     capturable = False
     period = 1                       # the course of an update depends on its number modulo this (and on stage())
+    seed = 0                         # the run's, and
+    processes = (0, 1)               # (number of this process, how many train the run together): for streams that share work
+    blueprint = None                 # what builds the policy, where it is chosen apart from the method (group `policy`)
     batches = 1                      # of the world's batch size that make up the next update's batch (its first axis of rows)
 
     def __init__(self, config):

@@ -101,6 +101,9 @@ class FabricEngine(Engine):
             for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
                 g.copy_(part.view_as(g))
 
+    def mean(self, value):
+        return value if self.fabric.world_size == 1 else self.fabric.all_reduce(value, reduce_op="mean")
+
 
 class Loop:
     """Trains one method on one stream. `record` is None on ranks above 0 and in unit tests, which may also do without

@@ -81,7 +81,11 @@ def _method(job: Job):
 
     classes = [catalogue.load_class(e) for e in job.methods]
     values = {k: v for k, v in job.config["method"].items() if k != "name"}
-    return compose_class(classes)(make_config([c.Config for c in classes], values))
+    method = compose_class(classes)(make_config([c.Config for c in classes], values))
+    if job.policy:
+        cls = catalogue.load_class(job.policy)
+        method.blueprint = cls(make_config([cls.Config], {k: v for k, v in job.config["policy"].items() if k != "name"}))
+    return method
 
 
 def seeds_of(job: Job) -> list[int]:
@@ -125,7 +129,8 @@ def _assemble(job: Job, fabric=None):
         seed_everything(seed)
     else:
         method.setup(world.spec())
-    method.planned = job.config["loop"]["steps"]
+    method.planned, method.seed = job.config["loop"]["steps"], seed
+    method.processes = (rank, fabric.world_size if fabric else 1)
     method.to(device)
     if fabric is not None and fabric.world_size > 1:
         from runner.parallel import share
