@@ -20,12 +20,15 @@ pass@16 and coverage (distinct correct derivations among the samples) on held-ou
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import re
 
+from envs.prompts.base import PromptWorld
 from envs.prompts.task import WRONG, Problem, Task, Verdict, split
 from runner.errors import UserError
+from runner.interface import knob
 
 STEP = re.compile(r"(0|[1-9][0-9]{0,3})([-+*])(0|[1-9][0-9]{0,3})=(0|[1-9][0-9]{0,3})")
 PLAIN = re.compile(r"[-+*=,0-9]*")
@@ -169,3 +172,21 @@ class Countdown(Task):
         zeros = "0" if shaped.endswith("d") else ""  # within a number 0 is a digit like any other
         classes = {"d": zeros + "123456789", "z": "0", "o": "+-*", ".": ">" if self.wrapper else "."}
         return "".join(sorted(set("".join(classes.get(c, c) for c in after))))
+
+
+class CountdownWorld(PromptWorld):
+    @dataclasses.dataclass(frozen=True)
+    class Config(PromptWorld.Config):
+        numbers: int = knob(3, "numbers of a problem", low=2, high=4)
+        correct_share: float = knob(0.5, "share of demonstrations that reach the target; the others are any derivation", low=0.0,
+                                    high=1.0)
+        wrapper: bool = knob(False, "the response stands in brackets, which are rewarded apart from correctness")
+        extra_tokens: int = knob(0, "characters of the alphabet that never occur", low=0, high=2000)
+
+    def make_task(self):
+        c = self.config
+        return Countdown(c.numbers, correct_share=c.correct_share, wrapper=c.wrapper, extra_tokens=c.extra_tokens)
+
+    def reward(self, verdict):
+        """1 for a correct response; with brackets, 1 for them and 1 for correctness within them."""
+        return verdict.format + verdict.correct if self.config.wrapper else verdict.correct

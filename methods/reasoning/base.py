@@ -71,6 +71,7 @@ class GroupPolicy(TokenMethod):
 
     PARTS = ("collect", "reward", "advantage", "measure", "observe", "weigh", "surrogate", "penalty", "after_update")
     ADDITIVE = ("reward", "measure", "observe", "weigh", "penalty", "after_update")
+    looks_first = False  # whether the advantage is made from what is measured of the tokens
 
     def needs_reference(self):
         return self.config.kl_weight > 0
@@ -80,13 +81,14 @@ class GroupPolicy(TokenMethod):
         c = self.config
         batch = {**batch, "mask": batch["mask"].float()}
         batch["reward"] = self.reward(batch)
-        advantage = self.advantage(batch)
-        batch["advantage"] = advantage if advantage.dim() == 2 else advantage[:, None].expand_as(batch["mask"])
         self.told: dict[str, Tensor] = {}
-        old = self.measured(batch) if c.minibatches > 1 else {}  # one step: its own forward pass tells, see `step`
+        first = c.minibatches > 1 or self.looks_first
+        old = self.measured(batch) if first else {}  # else the step's own forward pass tells
         if self.needs_reference():
             old["reference_log_prob"] = self.score_reference(batch, c.temperature)["log_prob"]
-        if c.minibatches > 1:
+        advantage = self.advantage(batch, old)
+        batch["advantage"] = advantage if advantage.dim() == 2 else advantage[:, None].expand_as(batch["mask"])
+        if first:
             self.observe(batch, old)
         lines = []
         for i, index in enumerate(self.split(batch)):
@@ -94,7 +96,7 @@ class GroupPolicy(TokenMethod):
             self.schedule(self.updates * c.minibatches + i, self.planned * c.minibatches)
             self.step(rows, batch)
             lines.append(rows.told)
-        old = old if c.minibatches > 1 else rows.old
+        old = old if first else rows.old
         self.after_update(batch)
         told = {k: torch.stack([line[k] for line in lines]).mean() for k in lines[0]}
         return {**told, **self.summary(batch, old), **self.told}
@@ -182,8 +184,8 @@ class GroupPolicy(TokenMethod):
         """r (B,); overriders add to super()'s."""
         return batch["reward"]
 
-    def advantage(self, batch) -> Tensor:
-        """A (B,) or (B, T)."""
+    def advantage(self, batch, old) -> Tensor:
+        """A (B,) or (B, T). `old` is filled only for a method that `looks_first`."""
         r = batch["reward"]
         mean, deviation, _ = group_statistics(r, batch["group"])
         if self.config.scale == "none":
