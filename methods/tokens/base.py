@@ -84,7 +84,7 @@ class TokenMethod(Method):
     # -- from texts to tokens
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """-> prompt (P, Tp) int64, prompt_mask (P, Tp) bool, on the policy's device, padded on the left."""
-        rows = [self.tokenizer.encode_prompt(t) for t in texts]
+        rows = [self.tokenizer.encode(t) for t in texts]
         longest, device = max(map(len, rows)), self.device()
         limit = self.policy.shape.context - self.response_length()
         if longest > limit:
@@ -106,10 +106,10 @@ class TokenMethod(Method):
         where the alphabet has one, else the tokeniser's end is added."""
         width = self.response_length()
         ids = torch.full((len(texts), width), self.tokenizer.pad)
-        for i, text in enumerate(texts):
-            row = self.tokenizer.encode_response(text)[:width]
+        rows = [self.tokenizer.encode_response(t)[:width] for t in texts]
+        for i, row in enumerate(rows):
             ids[i, :len(row)] = torch.tensor(row, dtype=torch.int64)
-        length = torch.tensor([min(len(self.tokenizer.encode_response(t)), width) for t in texts])
+        length = torch.tensor([len(row) for row in rows])
         return ids.to(self.device()), (torch.arange(width) < length[:, None]).to(self.device())
 
     def response_length(self) -> int:
@@ -125,8 +125,8 @@ class TokenMethod(Method):
         """Sample `samples` responses to each text. uniforms (B, T) in [0, 1): one number a token; temperature 0: the most
         probable token. `fresh`: the weights may have changed since the last call."""
         if self._sampler is None:
-            self._sampler = Sampler(self.policy)
-        elif fresh:
+            self._sampler, fresh = Sampler(self.policy), True
+        if fresh:
             self._sampler.refresh()
         prompt, prompt_mask = self.encode(texts)
         steps = steps or self.response_length()

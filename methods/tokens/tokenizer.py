@@ -31,13 +31,17 @@ class Characters:
                             + (f"did you mean: {near[0]!r}?\n" if near else "")
                             + f"the alphabet: {self.characters[1:]!r}; write the text with these") from None
 
+    def encode_response(self, text: str) -> list[int]:
+        """Tokens of a response; its end is one of its characters."""
+        return self.encode(text)
+
     def decode(self, ids: Iterable[int]) -> str:
-        """The characters before the first padding. `ids` on the host: a list, or a tensor there."""
+        """The characters before the first padding; "\ufffd" for a token without one. `ids` on the host: a list, or a tensor."""
         out = []
         for i in map(int, ids):
             if i == self.pad:
                 break
-            out.append(self.characters[i])
+            out.append(self.characters[i] if i < self.size else "\ufffd")
         return "".join(out)
 
 
@@ -62,8 +66,8 @@ class Pretrained:
         return self.inner.encode(text, add_special_tokens=not self.chat)
 
     def encode_response(self, text: str) -> list[int]:
-        """Tokens of a response: nothing is put before it."""
-        return self.inner.encode(text, add_special_tokens=False)
+        """Tokens of a response and of its end; nothing is put before it."""
+        return [*self.inner.encode(text, add_special_tokens=False), self.eos]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text before the first padding (and without the end's token)."""
