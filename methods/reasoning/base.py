@@ -47,7 +47,7 @@ class Rows(SimpleNamespace):
     log_prob   = now["log_prob"];  ratio = exp(log_prob - old["log_prob"]), both (b, T)
     advantage, mask, weight (b, T);  low, high: the clip range, numbers or (b, T)
     tokens, count: response tokens and rows, the mean over processes: the denominators of `aggregate`
-    told       metrics, tensors; parts add theirs
+    told       metrics, tensors; parts add theirs;  number: of the minibatch
     """
 
 
@@ -92,7 +92,7 @@ class GroupPolicy(TokenMethod):
             self.observe(batch, old)
         lines = []
         for i, index in enumerate(self.split(batch)):
-            rows = Rows(**{k: v[index] for k, v in batch.items()}, old={k: v[index] for k, v in old.items()}, told={})
+            rows = Rows(**{k: v[index] for k, v in batch.items()}, old={k: v[index] for k, v in old.items()}, told={}, number=i)
             self.schedule(self.updates * c.minibatches + i, self.planned * c.minibatches)
             self.step(rows, batch)
             lines.append(rows.told)

@@ -41,7 +41,7 @@ class ClipCov(GroupPolicy):
         outside = ((rows.ratio < 1 - rows.low) & (rows.advantage < 0)) | ((rows.ratio > 1 + rows.high) & (rows.advantage > 0))
         among = (cov > c.cov_low) & (cov < c.cov_high) & (rows.mask > 0) & ~outside
         number = torch.clamp((c.cov_share * rows.mask.sum()).long(), min=1)
-        key = torch.where(among, torch.rand(cov.shape, device=cov.device), -1.0)
+        key = torch.where(among, self.noise(f"cov{rows.number}", tuple(cov.shape), "uniform"), -1.0)
         rank = key.flatten().argsort(descending=True).argsort().view_as(key)
         out = among & (rank < number)
         rows.weight = rows.weight * ~out
