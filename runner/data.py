@@ -10,7 +10,8 @@ lines of the runs that the episodes come from:
 
 Building runs them as any run (they can be stopped and continued; sets that share a run train it once), hands the trained
 methods to the world's `collect`, and puts the result beside a card.json in place, whole or not at all. The env's world has
-the settings `own` (the set's name), `data_size`, `source` and `dataset` (names of published sets).
+the settings `own` (the set's name), `data_size`, `source` and `dataset` (names of published sets). What is built may also be
+weights that learning starts from; then the setting `start` stands for `source`, and what `collect` tells ends in one line, `told`.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def card_of(folder: Path) -> dict | None:
 def ensure(job, quiet: bool):
     """Before a run: its env's own data set is there, or is made here and now if it is a small one."""
     env = job.config["env"]
-    if not job.env.card.get("data") or env.get("source") != "own":
+    if not job.env.card.get("data") or env.get("source", env.get("start")) != "own":
         return
     size = env["data_size"]
     entry = job.env._replace(values={**job.env.values, "own": env["own"]})
@@ -69,7 +70,7 @@ def ensure(job, quiet: bool):
         _check_recipe(entry, size, folder)
         return
     if size not in ON_DEMAND:
-        published = " ".join(env["dataset"])
+        published = " ".join(env.get("dataset") or [])
         raise UserError(
             f"the data set of {entry.name} at size {size} is not on disk: looked for {folder}\n"
             f"build it: python -m runner data build {entry.name} size={size}\n"
@@ -111,11 +112,16 @@ def build(entry: catalogue.Entry, size: str, *, quiet=False, force=False) -> Pat
         records.write_atomic(temporary / "card.json", json.dumps(card, indent=1, default=float) + "\n")
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
-        _say(f"env {entry.name}: {card['transitions']:,} transitions in {card['episodes']:,} episodes, mean return "
-             f"{card['return']['mean']:,.1f}")
+        _say(f"env {entry.name}: {_told(card)}")
         return target
     finally:
         lock.release()
+
+
+def _told(card: dict) -> str:
+    """What a card is about, in a line."""
+    return card.get("told") or (f"{card['transitions']:,} transitions in {card['episodes']:,} episodes, mean return "
+                                f"{card['return']['mean']:,.1f}")
 
 
 def _say(text: str):
@@ -223,9 +229,9 @@ def _rows(book) -> list[dict]:
     """Everything that is known: (env, where from, name, size, transitions or None, folder)."""
     rows = []
     for entry in book.all("env"):
-        if "offline" not in entry.provides:
-            continue
         if not entry.card.get("data"):
+            if "offline" not in entry.provides:
+                continue
             rows.append({"env": entry.name, "source": "computed", "set": "made at every start, the same everywhere",
                          "on_disk": True})
             continue
@@ -239,7 +245,8 @@ def _rows(book) -> list[dict]:
                 continue
             rows.append({"env": entry.name, "source": "own", "set": places.own_id(entry.values["own"], size),
                          "on_disk": card is not None, "get": f"python -m runner data build {entry.name} size={size}",
-                         **({"transitions": card["transitions"], "mean_return": card["return"]["mean"]} if card else {})})
+                         **({"transitions": card["transitions"], "mean_return": card["return"]["mean"]}
+                            if card and "transitions" in card else {})})
     return rows
 
 
@@ -271,15 +278,25 @@ def _show(words, options, book) -> int:
     if options.get("json"):
         print(json.dumps({**card, "folder": str(folder)}, indent=1))
         return 0
+    if "told" in card:
+        print(f"{places.own_id(entry.values['own'], found[0])}: {card['told']}")
+        _show_runs(card, folder)
+        return 0
     r, length = card["return"], card["length"]
     print(f"{places.own_id(entry.values['own'], found[0])}: {card['transitions']:,} transitions, {card['episodes']:,} episodes")
     print(f"  return     mean {r['mean']:,.1f}, standard deviation {r['std']:,.1f}, from {r['min']:,.1f} to {r['max']:,.1f}")
     print("  quantiles  " + ", ".join(f"{k} {v:,.1f}" for k, v in r["quantiles"].items()))
     print(f"  length     mean {length['mean']:,.1f}, from {length['min']} to {length['max']}; {card['terminated']:.0%} of the "
           "episodes terminated")
+    _show_runs(card, folder)
+    return 0
+
+
+def _show_runs(card: dict, folder: Path):
+    """What a set was made by and where it lies."""
     for role, run in card["runs"].items():
-        print(f"  {role:10} {run['command']}  (return {run['return']:,.1f}, {run['seconds']:,.0f} s, run {run['id']})")
+        reached = f"return {run['return']:,.1f}, " if run.get("return") is not None else ""
+        print(f"  {role:10} {run['command']}  ({reached}{run['seconds']:,.0f} s, run {run['id']})")
     commit = card.get("commit", "unknown")[:12] + (" with changes" if card.get("dirty") else "")
     print(f"  made       {card['made']}, commit {commit}")
-    print(f"  digest     {card['digest']}\n  folder     {folder}")
-    return 0
+    print((f"  digest     {card['digest']}\n" if "digest" in card else "") + f"  folder     {folder}")

@@ -17,6 +17,7 @@ nothing but counters is saved; several processes share a batch: each takes its p
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import random
 from collections import Counter
 from pathlib import Path
@@ -215,7 +216,8 @@ class PromptWorld(World):
                   folder / "start.safetensors")
         figures = self.evaluate(method, 0)
         parameters = sum(p.numel() for p in method.policy.parameters())
-        return {"parameters": parameters, "metrics": figures,
+        digest = hashlib.sha256((folder / "start.safetensors").read_bytes()).hexdigest()
+        return {"parameters": parameters, "metrics": figures, "digest": digest,
                 "told": f"a start of {parameters:,} parameters, pass_1 {figures['pass_1']:.3f}"}
 
     # -- gold metrics
