@@ -11,7 +11,7 @@ lines of the runs that the episodes come from:
 Building runs them as any run (they can be stopped and continued; sets that share a run train it once), hands the trained
 methods to the world's `collect`, and puts the result beside a card.json in place, whole or not at all. The env's world has
 the settings `own` (the set's name), `data_size`, `source` and `dataset` (names of published sets). What is built may also be
-weights that learning starts from; then the setting `start` stands for `source`, and what `collect` tells ends in one line, `told`.
+weights that learning starts from; then the setting `start` stands for `source`, and what `collect` tells has one line, `told`.
 """
 
 from __future__ import annotations

@@ -72,7 +72,8 @@ class Prompts(Stream):
         texts = [self.pool[i].prompt for i in problems]
         out = self.method.generate(texts, samples, uniforms.to(self.method.device()), temperature, adjust, fresh=fresh)
         self.responses += self.ranks * rows
-        return self.verified([(i, text) for i, text in zip([i for i in problems for _ in range(samples)], out.texts)], out, samples)
+        each = [i for i in problems for _ in range(samples)]
+        return self.verified(list(zip(each, out.texts)), out, samples)
 
     def verified(self, written: list[tuple[int, str]], out, samples: int) -> dict[str, Tensor]:
         """Verdicts beside what was sampled. written: (number of the problem, response) of every row."""
@@ -233,9 +234,8 @@ class PromptWorld(World):
         parts = []  # some thousand responses at once
         size = max(1, 4096 // n)
         for begin in range(0, len(problems), size):
-            some = problems[begin:begin + size]
-            parts.append((some, method.complete([p.prompt for p in some], n,
-                                                uniforms[begin * n:(begin + len(some)) * n].to(method.device()), fresh=not begin)))
+            some, numbers = problems[begin:begin + size], uniforms[begin * n:(begin + size) * n].to(method.device())
+            parts.append((some, method.complete([p.prompt for p in some], n, numbers, fresh=not begin)))
         texts = [t for _, out in parts for t in out.texts]
         verdicts = [self.judge(problems[i // n], t) for i, t in enumerate(texts)]
         groups = [verdicts[i * n:(i + 1) * n] for i in range(len(problems))]

@@ -11,7 +11,7 @@ sampled (the same weights at the start of the update, by the training forward an
      5. observe      looks at the whole batch before the first step: statistics, anchors         (additive)
      6. weigh        changes A, the weight w (1), the clip range and the mask of a minibatch     (additive)
      7. surrogate    l = max(-A rho, -A clip(rho, 1-e_low, 1+e_high)), rho = exp(lp - lp_old); dual clip: A < 0 at most -A c
-     8. penalty      scalar beside agg(w l): kl_weight agg(KL to the policy as it was at the start)   (additive)
+     8. penalty      scalar beside agg(w l): kl_weight agg(KL to the policy at the start)        (additive)
      9. after_update upkeep after the last step                                                  (additive)
 
 agg, with the mask m and denominators of the whole minibatch, all processes together:
@@ -22,7 +22,7 @@ agg, with the mask m and denominators of the whole minibatch, all processes toge
 KL per token, d = lp - lp_ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1. On-policy, the gradient of k1 is 0, that of k2 is
 that of KL(pi || ref), that of k3 of KL(ref || pi).
 
-Sources: Shao et al. 2024 (GRPO, arXiv 2402.03300); Schulman et al. 2017 (clip); Ye et al. 2020 (dual clip); Schulman 2020 (k1-k3).
+Sources: Shao et al. 2024 (GRPO, arXiv 2402.03300); Schulman et al. 2017 (clip); Ye et al. 2020 (dual clip); Schulman 2020 (KL).
 Common code differs in details: verl clamps k3 at 10 (its gradient vanishes there), here `kl_cap` is 0, none; TRL uses 1e-4 in the
 advantage's denominator, OpenRLHF 1e-9.
 """
@@ -106,9 +106,17 @@ class GroupPolicy(TokenMethod):
         """What `measure` tells of the policy as it stands, for all rows, in parts of `micro_rows`."""
         size = self.config.micro_rows or len(batch["response"])
         parts = torch.arange(len(batch["response"]), device=batch["response"].device).split(size)
-        told = [self.score({k: batch[k][i] for k in ("prompt", "prompt_mask", "response", "mask")}, self.measure,
+        told = [self.score({k: batch[k][i] for k in ("prompt", "prompt_mask", "response", "mask")}, self.measuring(),
                            self.config.temperature) for i in parts]
         return {k: torch.cat([t[k] for t in told]) for k in told[0]}
+
+    def measuring(self):
+        """The part `measure`, or, where it adds nothing, the same two numbers by the quicker way of scoring.py."""
+        return self.measure if self.measures_more() else log_prob_and_entropy
+
+    def measures_more(self) -> bool:
+        """Whether `measure` has more to tell at these settings than the base; a method that is its baseline at some says so."""
+        return type(self).measure is not GroupPolicy.measure
 
     def split(self, batch) -> list[Tensor]:
         """Rows of every minibatch; groups stay whole."""
@@ -142,7 +150,7 @@ class GroupPolicy(TokenMethod):
                 self.tell(rows, value)
             return value if penalty is None else value + penalty
 
-        rows.told["loss"] = self.fit(vars(rows), self.measure, self.config.temperature, loss)
+        rows.told["loss"] = self.fit(vars(rows), self.measuring(), self.config.temperature, loss)
 
     def aggregate(self, values: Tensor, rows: Rows, mode: str = "") -> Tensor:
         """values (b, T) -> scalar; rows.mask says which count, rows.tokens and rows.count what is divided by."""

@@ -1,4 +1,4 @@
-"""Clip-Cov: no gradient on a few tokens whose covariance of log-probability and advantage is high (Cui et al. 2025, arXiv 2505.22617).
+"""Clip-Cov: no gradient on a few tokens that would sharpen the policy most (Cui et al. 2025, arXiv 2505.22617).
 
     cov_{i,t} = (A - mean A)(lp - mean lp), means over the response tokens of the minibatch
 

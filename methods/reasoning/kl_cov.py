@@ -1,7 +1,7 @@
 """KL-Cov: a penalty on the tokens of highest covariance of log-probability and advantage (Cui et al. 2025, arXiv 2505.22617).
 
     l = -A rho                             on all tokens (nothing is clipped)
-    l = -A rho + coefficient |lp - lp_old| on the cov_share of the minibatch's tokens with the highest cov (methods/reasoning/clip_cov.py)
+    l = -A rho + coefficient |lp - lp_old| on the cov_share of the minibatch's tokens with the highest cov (clip_cov.py)
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from runner.interface import knob
 class ReinforcePP(GroupPolicy):
     @dataclasses.dataclass(frozen=True)
     class Config(GroupPolicy.Config):
-        whitening: str = knob("batch", "over what advantages are compared: all tokens of the batch, or (GRPO) the group's rewards",
+        whitening: str = knob("batch", "over what advantages are compared: all tokens of the batch, or the group (GRPO)",
                               choices=["batch", "group"])
         baseline: str = knob("none", "taken off the reward first", choices=["none", "group"], when={"whitening": "batch"})
         reward_kl: float = knob(0.0, "beta of the KL in the reward (k1, so that its gradient is that of KL(pi || ref))", low=0.0,

@@ -12,6 +12,7 @@ import dataclasses
 import torch
 
 from methods.tokens.base import TokenMethod
+from methods.tokens.scoring import log_prob_and_entropy
 from runner.interface import knob
 
 
@@ -34,10 +35,5 @@ class SFT(TokenMethod):
             told["entropy"] = (now["entropy"].detach() * batch["mask"]).sum() / tokens
             return -(now["log_prob"] * batch["mask"]).sum() / tokens
 
-        value = self.fit(batch, self.measure, 1.0, loss)
+        value = self.fit(batch, log_prob_and_entropy, 1.0, loss)
         return {"loss": value, **told, "perplexity": torch.exp(value)}
-
-    def measure(self, logits, target):
-        """logits (n, V), target (n,) -> {name: (n,)}"""
-        from methods.tokens.scoring import log_prob_and_entropy
-        return log_prob_and_entropy(logits, target)

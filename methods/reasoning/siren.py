@@ -10,13 +10,13 @@ the positions where it peaks, and pulls it to its own initial value:
     Hbar      = mean_i (sum_t H~ M / sum_t M)        always so, whatever the policy loss does; a row without a kept position is 0
     L         = L_pg + beta (Hbar - H_a)^2,  H_a = Hbar of the first batch before any step, frozen
 
-The base is Dr. GRPO's advantage and aggregation with dual clip 3. beta 0.005 is for language models; where H~ is 0.1 to 0.6 nats
-0.1 to 10 is needed. Ablations: anchor=none is the bonus -beta Hbar; nucleus=1 the whole vocabulary; peak=0 all positions with
+The base is Dr. GRPO's advantage and aggregation with dual clip 3. beta 0.005 is for language models; where H~ is 0.1 to 0.6
+nats 0.1 to 10 is needed. Ablations: anchor=none is the bonus -beta Hbar; nucleus=1 the whole vocabulary; peak=0 all positions with
 any entropy; peak_of=full chooses positions by the full entropy.
 
 Differences from the official code: it evaluates (Hbar - H_a)^2 per micro-batch and averages, which adds the variance between
-micro-batches; here Hbar is the minibatch's. It cuts the logits to the 10,000 largest first (`largest`). Its run script sets a clip
-of 0.28, which its own configuration overrides with 0.2.
+micro-batches; here Hbar is the minibatch's. It cuts the logits to the 10,000 largest first (`largest`). Its run script sets a
+clip of 0.28, which its own configuration overrides with 0.2.
 """
 
 from __future__ import annotations
@@ -70,6 +70,9 @@ class SIREN(GroupPolicy):
         if self.config.beta:
             told["nucleus_entropy"] = nucleus_entropy(logits, self.config.nucleus, self.config.largest)
         return told
+
+    def measures_more(self):
+        return self.config.beta > 0
 
     def level(self, entropies: dict[str, Tensor], mask: Tensor) -> Tensor:
         """Hbar of some rows."""

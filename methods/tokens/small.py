@@ -37,8 +37,8 @@ class Small:
     def build(self, spec: Spec) -> tuple[Transformer, Characters]:
         c = self.config
         if c.width % c.heads or c.heads % (c.kv_heads or c.heads) or c.width // c.heads % 2:
-            raise UserError(f"policy.width={c.width}, policy.heads={c.heads}, policy.kv_heads={c.kv_heads}: the heads must divide "
-                            "the width into even parts, and kv_heads must divide the heads")
+            raise UserError(f"policy.width={c.width}, policy.heads={c.heads}, policy.kv_heads={c.kv_heads}: the heads must "
+                            "divide the width into even parts, and kv_heads must divide the heads")
         tokenizer = Characters(spec.alphabet or string.printable, spec.end or "\n")
         size = c.vocabulary or tokenizer.size
         if size < tokenizer.size:
@@ -63,6 +63,6 @@ class Small:
         wrong = [k for k in mine if k not in found or found[k].shape != mine[k].shape]
         if wrong:
             there = tuple(found[wrong[0]].shape) if wrong[0] in found else "missing"
-            raise UserError(f"policy.path={path}: the weights there are of another shape: {wrong[0]} is {there}, this policy needs "
-                            f"{tuple(mine[wrong[0]].shape)}\nset policy.layers, policy.width, … as that run had them")
+            raise UserError(f"policy.path={path}: the weights there are of another shape: {wrong[0]} is {there}, this policy "
+                            f"needs {tuple(mine[wrong[0]].shape)}\nset policy.layers, policy.width, … as that run had them")
         policy.load_state_dict({k: found[k] for k in mine})
