@@ -11,8 +11,8 @@ the positions where it peaks, and pulls it to its own initial value:
     L         = L_pg + beta (Hbar - H_a)^2,  H_a = Hbar of the first batch before any step, frozen
 
 The base is Dr. GRPO's advantage and aggregation with dual clip 3. beta 0.005 is for language models; where H~ is 0.1 to 0.6
-nats 0.1 to 10 is needed. Ablations: anchor=none is the bonus -beta Hbar; nucleus=1 the whole vocabulary; peak=0 all positions with
-any entropy; peak_of=full chooses positions by the full entropy.
+nats 0.1 to 10 is needed. Ablations: anchor=none is the bonus -beta Hbar; nucleus=1 the whole vocabulary; peak=0 all
+positions with any entropy; peak_of=full chooses positions by the full entropy.
 
 Differences from the official code: it evaluates (Hbar - H_a)^2 per micro-batch and averages, which adds the variance between
 micro-batches; here Hbar is the minibatch's. It cuts the logits to the 10,000 largest first (`largest`). Its run script sets a
