@@ -51,3 +51,21 @@ def test_rlpd_learns_from_stored_and_online_data():
                                  "method.critic_steps=2", "env.start_steps=100", "method.temperature=0.01",
                                  "method.actor_learning_rate=0.001", "env.probe_steps=0")
     assert result["return"] > 0.5 * references["all-zero action"]["return"]
+
+
+@pytest.fixture(scope="module")
+def cloned_replay() -> float:
+    return learned("method=bc", "env=pointmass_replay", "loop.steps=3000")[0]["return"]
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("td3_bc", ["loop.steps=3000", "method.alpha=1"]),
+    ("iql", ["loop.steps=3000", "method.inverse_temperature=300", "method.decay_steps=3000"]),
+    ("cql", ["loop.steps=2000", "method.conservative_weight=0.05", "method.sampled_actions=3", "method.hidden=[64,64]",
+             "method.temperature=0.01"])])
+def test_offline_values_beat_cloning_a_whole_replay(name, words, cloned_replay):
+    """Data of every quality: the clone is the mean of them, values choose among them. Over five seeds at 4,000 updates the
+    clone returned -30.6, td3_bc -29.0, iql -28.8 and cql -28.5, each seed better than any clone; the teacher returns -28.0."""
+    result, references = learned(f"method={name}", "env=pointmass_replay", *words)
+    assert result["return"] > cloned_replay
+    assert result["return"] > 1.1 * references["teacher"]["return"]
