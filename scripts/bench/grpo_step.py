@@ -1,0 +1,196 @@
+"""GRPO steps beside TRL's GRPOTrainer: the same transformer shape, batch and lengths, both in one run.
+
+    python scripts/bench/grpo_step.py [--shape tiny half-billion] [--steps 5] [--without-trl] [--device cuda] [--minibatches 1]
+
+    tiny          4 layers x 256, vocabulary 256, 256 rows (32 prompts x 8), prompt 32, completion 32
+    half-billion  Qwen2-0.5B's shape: 24 x 896, 14 heads, 2 of keys, MLP 4864, vocabulary 151,936, 64 rows (8 x 8),
+                  prompt 128, completion 256
+
+Weights are random, so that responses are as long as they may be. Ours runs as in training: stream (sampling, verifying) and update, with
+bf16 autocast on a GPU. Prints seconds a step (median), completion tokens a second, peak memory, and floors: the least time in which the
+device could read the weights once a token while decoding (bytes) and do the arithmetic of scoring, backward and decoding (FLOPs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from envs.prompts.base import PromptWorld  # noqa: E402
+from envs.prompts.task import Drawn, Problem, Task, Verdict  # noqa: E402
+from methods.reasoning.grpo import GRPO  # noqa: E402
+from methods.tokens.small import Small  # noqa: E402
+from runner.draws import Draws  # noqa: E402
+from runner.interface import make_config  # noqa: E402
+from runner.knobs import knobs_of  # noqa: E402
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz .,"
+SHAPES = {
+    "tiny": {"policy": {"layers": 4, "width": 256, "heads": 4, "mlp_width": 1024, "vocabulary": 256},
+             "prompts": 32, "samples": 8, "prompt": 32, "completion": 32},
+    "half-billion": {"policy": {"layers": 24, "width": 896, "heads": 14, "kv_heads": 2, "mlp_width": 4864, "vocabulary": 151_936,
+                                "tied": True, "qkv_bias": True},
+                     "prompts": 8, "samples": 8, "prompt": 128, "completion": 256},
+}
+BANDWIDTH, RATE = 2.99e12, 796e12  # bytes/s and bf16 FLOP/s of one H100, measured (docs/measurements.md)
+
+
+class Letters(Task):
+    """Random letters to continue; what is rewarded does not matter, but differs within groups."""
+
+    alphabet, eos = LETTERS, "."
+
+    def __init__(self, prompt: int, completion: int):
+        self.prompt_length, self.response_length = prompt, completion
+
+    def train(self):
+        return Drawn(lambda rng: Problem("".join(rng.choices(LETTERS[:-3], k=self.prompt_length))), "letters")
+
+    def verify(self, problem, response):
+        return Verdict(float(response.count("a") % 2), None)
+
+
+class World(PromptWorld):
+    def __init__(self, task, device):
+        self.given = task
+        super().__init__(make_config([PromptWorld.Config], {k.name: k.default for k in knobs_of(PromptWorld.Config)}), device)
+
+    def make_task(self):
+        return self.given
+
+    def _start(self):
+        return {}
+
+
+def ours(shape: dict, steps: int, device: str, minibatches: int) -> dict:
+    policy = Small(make_config([Small.Config], {**{k.name: k.default for k in knobs_of(Small.Config)}, **shape["policy"]}))
+    knobs = {k.name: k.default for k in knobs_of(GRPO.Config)}
+    knobs |= {"prompts": shape["prompts"], "samples": shape["samples"], "minibatches": minibatches}
+    world = World(Letters(shape["prompt"], shape["completion"]), device)
+    torch.manual_seed(0)
+    method = GRPO(make_config([GRPO.Config], knobs))
+    method.blueprint = policy
+    method.setup(world.spec())
+    method.to(device)
+    method.make_optimizers()
+    method.draws = Draws(0, device)
+    stream = world.stream(method, "prompts", 0)
+    times, sampling, tokens = [], [], 0
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        for step in range(steps + 3):
+            begin = now(device)
+            batch = stream.next()
+            middle = now(device)
+            method.update(batch)
+            method.updates += 1
+            if step >= 3:
+                times.append(now(device) - begin)
+                sampling.append(middle - begin)
+                tokens += int(batch["mask"].sum())
+            elif step == 0 and device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+    return {"seconds": statistics.median(times), "sampling": statistics.median(sampling), "tokens": tokens / len(times),
+            "memory": torch.cuda.max_memory_allocated() if device == "cuda" else 0,
+            "parameters": sum(p.numel() for p in method.policy.parameters())}
+
+
+def trl(shape: dict, steps: int, device: str) -> dict:
+    """The same through TRL: a Qwen2 of this shape with random weights, its generate() of transformers."""
+    import tempfile
+
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from trl import GRPOConfig, GRPOTrainer
+
+    words = ["<pad>", "<eos>", "<unk>", *LETTERS]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    p = shape["policy"]
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=p["vocabulary"], hidden_size=p["width"], num_hidden_layers=p["layers"], num_attention_heads=p["heads"],
+        num_key_value_heads=p.get("kv_heads", p["heads"]), intermediate_size=p["mlp_width"],
+        tie_word_embeddings=p.get("tied", False), max_position_embeddings=2048, bos_token_id=1, eos_token_id=1, pad_token_id=0))
+    rng, rows = random.Random(0), shape["prompts"] * shape["samples"]
+    texts = ["".join(rng.choices(LETTERS[:-3], k=shape["prompt"])) for _ in range(shape["prompts"] * (steps + 3))]
+    settings = GRPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=rows, num_generations=shape["samples"],
+        max_completion_length=shape["completion"], max_steps=steps + 3, learning_rate=1e-6, bf16=device == "cuda",
+        use_cpu=device == "cpu", report_to=[], logging_steps=1000, save_strategy="no", beta=0.0, gradient_checkpointing=False,
+        disable_tqdm=True)
+    times, made = [], []
+
+    def reward(completions, completion_ids=None, **_):
+        made.append(sum(map(len, completion_ids)))
+        return [float(len(set(c)) % 2) for c in completions]
+
+    class Timed(GRPOTrainer):
+        def training_step(self, *args, **kwargs):
+            begin = now(device)
+            out = super().training_step(*args, **kwargs)
+            times.append(now(device) - begin)
+            return out
+
+    trainer = Timed(model=model, reward_funcs=reward, args=settings, processing_class=tokenizer,
+                    train_dataset=Dataset.from_dict({"prompt": texts}))
+    trainer.train()
+    return {"seconds": statistics.median(times[3:]), "tokens": statistics.mean(made[3:]),
+            "memory": torch.cuda.max_memory_allocated() if device == "cuda" else 0}
+
+
+def now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def floors(shape: dict, parameters: int) -> tuple[float, float]:
+    """(seconds of decoding by bytes, seconds of scoring and backward by FLOPs) of one step with one minibatch."""
+    rows, length = shape["prompts"] * shape["samples"], shape["prompt"] + shape["completion"]
+    p = shape["policy"]
+    kv = 2 * p["layers"] * p.get("kv_heads", p["heads"]) * (p["width"] // p["heads"]) * 2
+    decode = shape["completion"] * (2 * parameters + rows * (shape["prompt"] + shape["completion"] / 2) * kv) / BANDWIDTH
+    embedding = p["vocabulary"] * p["width"]
+    trunk = parameters - embedding * (1 if p.get("tied") else 2)
+    return decode, 6 * (trunk * rows * length + embedding * rows * shape["completion"]) / RATE
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="*", default=["tiny"], choices=list(SHAPES))
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--trl-steps", type=int, default=3)
+    parser.add_argument("--minibatches", type=int, default=1)
+    parser.add_argument("--without-trl", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    a = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    for name in a.shape:
+        shape = SHAPES[name]
+        mine = ours(shape, a.steps, a.device, a.minibatches)
+        decode, train = floors(shape, mine["parameters"])
+        print(f"{name}: {mine['parameters']:,} parameters; ours {mine['seconds']:.4f} s/step (sampling {mine['sampling']:.4f}), "
+              f"{mine['tokens'] / mine['seconds']:,.0f} completion tokens/s, peak {mine['memory'] / 2**30:.1f} GiB; floors on an "
+              f"H100: decoding {decode:.4f} s, scoring and backward {train:.4f} s", flush=True)
+        if not a.without_trl:
+            if a.device == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            peer = trl(shape, a.trl_steps, a.device)
+            print(f"{name}: TRL {peer['seconds']:.4f} s/step, {peer['tokens'] / peer['seconds']:,.0f} completion tokens/s, peak "
+                  f"{peer['memory'] / 2**30:.1f} GiB; ratio {peer['seconds'] / mine['seconds']:.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
