@@ -138,9 +138,11 @@ class Countdown(Task):
         return [text for text, reached in derivations(numbers, self.most).items() if reached == target]
 
     def demonstrate(self, problem, rng):
-        correct = rng.random() < self.correct_share
-        texts = self.all_solutions(problem) if correct else list(derivations(problem.answer[0], self.most))
-        return f"<{rng.choice(texts)}>." if self.wrapper else rng.choice(texts) + "."
+        text = self.derivation(problem, rng.random() < self.correct_share, rng)
+        return f"<{text}>." if self.wrapper else text + "."
+
+    def derivation(self, problem, correct: bool, rng) -> str:
+        return rng.choice(self.all_solutions(problem) if correct else list(derivations(problem.answer[0], self.most)))
 
     @functools.cached_property
     def follows(self) -> dict[str, set[str]]:
