@@ -125,8 +125,8 @@ class Entries(collections.abc.Sequence):
             if self.fits(found):
                 return found
         raise UserError(f"reasoning_gym:{self.task.family}: of {AHEAD} problems in a row each is held out or longer than "
-                        f"prompt_length={self.task.prompt_length}\nhold out fewer (held_out), widen prompt_length, or make the "
-                        "family's problems more various by its options")
+                        f"prompt_length={self.task.prompt_length}\nhold out fewer (held_out), widen prompt_length, or make "
+                        "the family's problems more various by its options")
 
 
 def made(source, index: int) -> Problem:

@@ -25,8 +25,8 @@ class ThinkLonger(Countdown):
     def __init__(self, longest: int = 6, least_share: float = 0.3, most_share: float = 0.9, **countdown):
         """countdown: further arguments of Countdown, but for correct_share and wrapper."""
         if "wrapper" in countdown or "correct_share" in countdown:
-            raise UserError("think_longer: the share of correct demonstrations depends on the length (least_share, most_share), "
-                            "and there is no wrapper")
+            raise UserError("think_longer: the share of correct demonstrations depends on the length (least_share, "
+                            "most_share), and there is no wrapper\nleave out correct_share and wrapper")
         if longest < 0 or not 0 <= least_share <= 1 or not 0 <= most_share <= 1:
             raise UserError("think_longer: longest is at least 0; least_share and most_share lie between 0 and 1")
         super().__init__(**countdown)
