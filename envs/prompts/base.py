@@ -149,6 +149,8 @@ class PromptWorld(World):
         rows: int = knob(128, "demonstrations a batch", low=1)
         eval_prompts: int = knob(196, "held-out prompts that are evaluated", low=1)
         eval_samples: int = knob(32, "responses to each of them, at temperature 1", low=1)
+        judged: str = knob("held_out", "what is evaluated: held-out prompts, or the pool that test-time training adapts to",
+                           choices=["held_out", "unlabelled"])
         response_length: int = knob(0, "most tokens of a response; 0: the task's own", low=0)
 
     metrics = {
@@ -224,8 +226,12 @@ class PromptWorld(World):
     # -- gold metrics
     def evaluate(self, method, seed):
         """Held-out prompts, `eval_samples` responses each at temperature 1, and one greedy."""
-        problems = [p for p, _ in zip(self.task.held_out(), range(self.config.eval_prompts))]
-        return self.assess(method, seed, problems)
+        pool = self.task.held_out() if self.config.judged == "held_out" else self.task.unlabelled()
+        return self.assess(method, seed, [p for p, _ in zip(pool, range(self.config.eval_prompts))])
+
+    def details(self, problems: list[Problem], responses: list[list[tuple[str, Verdict]]]) -> dict[str, float]:
+        """Further gold metrics from the responses to each problem and their verdicts. What nothing was seen of is left out."""
+        return {}
 
     def assess(self, method, seed: int, problems: list[Problem]) -> dict[str, float]:
         n, width = self.config.eval_samples, method.response_length()
@@ -249,6 +255,7 @@ class PromptWorld(World):
                                   for i, g in enumerate(groups)) / len(groups)
         figures["format"] = sum(v.format for v in verdicts) / len(verdicts)
         figures |= self._tokens(method, parts)
+        figures |= self.details(problems, [list(zip(texts[i * n:(i + 1) * n], g)) for i, g in enumerate(groups)])
         greedy = method.complete([p.prompt for p in problems], 1, uniforms[:len(problems)].to(method.device()), 0.0, fresh=False)
         figures["greedy"] = sum(self.judge(p, t).correct for p, t in zip(problems, greedy.texts)) / len(problems)
         return figures
@@ -273,6 +280,17 @@ class PromptWorld(World):
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------------
+
+def share(values) -> float | None:
+    """The mean of some numbers or truths; None of nothing."""
+    values = [float(v) for v in values]
+    return sum(values) / len(values) if values else None
+
+
+def known(**figures: float | None) -> dict[str, float]:
+    """The figures that are there."""
+    return {k: v for k, v in figures.items() if v is not None}
+
 
 def pass_at(samples: int, correct: int, k: int) -> float:
     """Unbiased pass@k from `samples` responses of which `correct` are: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021)."""
