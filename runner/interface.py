@@ -36,6 +36,7 @@ class Spec:
     end: str | None = None                # the character that ends a response, part of it
     prompt_length: int | None = None      # most tokens of a prompt, and of a response; characters where the alphabet counts
     response_length: int | None = None
+    turns: int | None = None              # most turns of an episode, where a prompt and its response are one of several
     seeds: int | None = None              # seeds trained at once: a leading axis of every tensor; None: no such axis
 
 

@@ -15,7 +15,7 @@ import dataclasses
 
 from torch import Tensor
 
-from methods.reasoning.base import GroupPolicy, group_statistics
+from methods.reasoning.base import GroupPolicy
 from runner.interface import knob
 
 
@@ -39,7 +39,7 @@ class ReinforcePP(GroupPolicy):
             return super().advantage(batch, old)
         reward, mask = batch["reward"], batch["mask"]
         if c.baseline == "group":
-            reward = reward - group_statistics(reward, batch["group"])[0]
+            reward = reward - self.compare(reward, batch)[0]
         returns = reward[:, None] * mask
         if c.reward_kl:
             cost = (old["log_prob"] - old["reference_log_prob"]) * mask

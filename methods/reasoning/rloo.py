@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from methods.reasoning.base import GroupPolicy, group_statistics
+from methods.reasoning.base import GroupPolicy
 from runner.interface import knob
 
 
@@ -24,5 +24,5 @@ class RLOO(GroupPolicy):
     def advantage(self, batch, old):
         if not self.config.leave_one_out:
             return super().advantage(batch, old)
-        mean, _, size = group_statistics(batch["reward"], batch["group"])
+        mean, _, size = self.compare(batch["reward"], batch)
         return (batch["reward"] - mean) * size / (size - 1).clamp(min=1) * (size > 1)
