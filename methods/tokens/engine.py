@@ -117,7 +117,7 @@ class _State:
 
 
 class Sampler:
-    """Generates from `policy` (a Transformer; or transformers' own model in checkpoint.Foreign, which generates slowly).
+    """Generates from `policy` (a Transformer; or foreign.Foreign, which generates slowly).
 
     dtype: of its copies; None: autocast's where it is on and the device is a GPU, else that of the parameters. Holds copies,
     caches and graphs only: nothing of it belongs to a run's state."""
