@@ -176,6 +176,7 @@ def _from_gguf(file: Path, dtype: torch.dtype) -> Transformer:
     from methods.tokens.foreign import from_gguf
     inner = from_gguf(file)
     config = {**inner.config.to_dict(), "architectures": [type(inner).__name__]}
+    config.pop("quantization_config", None)  # the file's; the weights are whole by now
     reason = why_foreign(config)
     if reason:
         raise UserError(f"{file} is no Llama, Qwen2 or Mistral as this program has them: {reason}\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import struct
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ def transformers_module(purpose: str):
         raise UserError(f"{purpose} needs transformers, which is not installed\n"
                         "without it: checkpoints of Llama, Qwen2 and Mistral in Hugging Face's layout, tokens of characters\n"
                         "install it: pip install -e '.[lm]'") from None
+    transformers.utils.logging.disable_progress_bar()  # a run shows progress of its own
     return transformers
 
 
@@ -46,7 +48,7 @@ def from_gguf(file) -> nn.Module:
     try:
         return hub.AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32,
                                                         local_files_only=True)
-    except (ValueError, OSError, KeyError, RuntimeError, NotImplementedError) as e:
+    except (ValueError, OSError, KeyError, RuntimeError, struct.error) as e:
         raise UserError(f"transformers can't read {file}: {str(e).splitlines()[0]}\n"
                         "give a checkpoint in Hugging Face's layout") from None
 

@@ -95,6 +95,45 @@ def test_a_new_policy_is_saved_so_that_transformers_reads_it(bias, tmp_path):
     assert checkpoint.load(tmp_path, torch.bfloat16).head.dtype == torch.bfloat16
 
 
+def write_gguf(file, model: Transformer):
+    """A tiny Qwen2 in GGUF's format, float32, with a vocabulary of single letters."""
+    gguf, shape = needs("gguf", "transformers"), model.shape
+    out = gguf.GGUFWriter(str(file), "qwen2")
+    out.add_context_length(shape.context), out.add_block_count(shape.layers), out.add_embedding_length(shape.width)
+    out.add_feed_forward_length(shape.mlp_width), out.add_head_count(shape.heads), out.add_head_count_kv(shape.kv_heads)
+    out.add_layer_norm_rms_eps(shape.norm_eps), out.add_rope_freq_base(shape.rope_theta)
+    out.add_tokenizer_model("gpt2"), out.add_token_list([chr(97 + i) for i in range(shape.vocabulary)])
+    out.add_token_merges(["a b"]), out.add_token_types([1] * shape.vocabulary), out.add_eos_token_id(1)
+    blocks = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output",
+              **{f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"},
+              **{f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")}}
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
+    for name, tensor in checkpoint.named(model).items():
+        layer, _, kind = name.rpartition(".")
+        if layer not in names:
+            _, _, i, rest = layer.split(".", 3)
+            names[layer] = f"blk.{i}.{blocks[rest]}"
+        out.add_tensor(f"{names[layer]}.{kind}", tensor.detach().numpy())
+    out.write_header_to_file(), out.write_kv_data_to_file(), out.write_tensors_to_file(), out.close()
+
+
+def test_a_gguf_file(tmp_path):
+    needs("gguf", "transformers")
+    torch.manual_seed(0)
+    model = Transformer(Shape(26, 64, 2, 4, 2, 96, context=64, qkv_bias=True, rope_theta=5e3))
+    (tmp_path / "inside").mkdir()
+    write_gguf(tmp_path / "inside" / "tiny.gguf", model)
+    for place in (tmp_path, tmp_path / "inside" / "tiny.gguf"):
+        mine = checkpoint.load(place)
+        assert mine.shape.width == 64 and mine.shape.kv_heads == 2
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), mine.state_dict().values()))
+        ids = torch.arange(20).view(2, 10)
+        torch.testing.assert_close(mine.hidden(ids), model.hidden(ids), atol=1e-5, rtol=0)
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF....")
+    with pytest.raises(UserError, match="broken.gguf"):
+        checkpoint.load(tmp_path / "broken.gguf")
+
+
 def generated(policy, engine):
     torch.manual_seed(2)
     ids, mask = rows()
@@ -156,11 +195,11 @@ def test_adapters(kind, tmp_path):
         assert torch.equal(model.hidden(ids, mask), base.hidden(ids, mask))
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trainable)
-    fast, slow = generated(model, Sampler(model).generate), generated(model, lambda *a, **k: reference_generate(model, *a, **k))
+    fast = generated(model, Sampler(model).generate)
+    slow = generated(model, lambda *a, **k: reference_generate(model, *a, **k))
     assert torch.equal(fast.response, slow.response)
     torch.testing.assert_close(fast.log_prob, slow.log_prob, atol=2e-5, rtol=0)
     checkpoint.save(model, tmp_path / "b")
-    same_forward(model, needs("transformers").AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval(), 1e-4)
     same_forward(model, needs("transformers").AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval(), 1e-4)
     assert state.keys() == checkpoint.load(tmp_path / "b").state_dict().keys()
 
@@ -226,7 +265,8 @@ def test_missing_extras_are_named(tmp_path, monkeypatch):
 def test_a_tokenizer_and_its_limits(tmp_path):
     hub = needs("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<pad>", "<end>", "<unk>", "one", "two", "three"])}, "<unk>"))
+    known = {w: i for i, w in enumerate(["<pad>", "<end>", "<unk>", "one", "two", "three"])}
+    words = Tokenizer(models.WordLevel(known, "<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     kept = hub.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>", unk_token="<unk>")
     folder = new(tmp_path)
@@ -242,6 +282,7 @@ def test_a_tokenizer_and_its_limits(tmp_path):
         checkpoint.tokenizer(folder, policy=small)
     with pytest.raises(UserError, match="no chat template"):
         checkpoint.tokenizer(folder, chat=True)
-    kept.chat_template = "{% for m in messages %}one {{ m.content }}{% endfor %}{% if add_generation_prompt %} three{% endif %}"
+    kept.chat_template = ("{% for m in messages %}one {{ m.content }}{% endfor %}"
+                          "{% if add_generation_prompt %} three{% endif %}")
     kept.save_pretrained(folder)
     assert checkpoint.tokenizer(folder, chat=True).encode("two") == [3, 4, 5]

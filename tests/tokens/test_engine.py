@@ -130,7 +130,8 @@ def test_frequencies_are_the_probabilities(size):
     logits = 2 * torch.randn(size)
     uniform = (torch.arange(n, dtype=torch.float64) + 0.5).div(n).float().unsqueeze(-1)
     for temperature, share in ((1.0, None), (0.5, None), (1.0, 0.6)):
-        parts = [sampling.draw(logits.expand(len(u), -1), u, torch.tensor([[temperature]]), share) for u in uniform.split(2000)]
+        heat = torch.tensor([[temperature]])
+        parts = [sampling.draw(logits.expand(len(u), -1), u, heat, share) for u in uniform.split(2000)]
         token, log_prob = (torch.cat(p).squeeze(-1) for p in zip(*parts))
         p = (logits.double() / temperature).softmax(-1)
         if share:
