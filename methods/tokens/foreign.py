@@ -136,10 +136,10 @@ class Foreign(nn.Module):
             places = {name: p[:, -new.shape[1]:] for name, p in self._places(new, mask).items()}
             out = self.inner(input_ids=new, attention_mask=mask.long(), past_key_values=past, use_cache=True, **places)
             past, logits = out.past_key_values, out.logits[:, -1].float()
-            heat = None if temperature == 0 else temperature if adjust is None else adjust(logits)
-            token, log_prob = sampling.draw(logits, uniforms[:, t:t + 1], heat, top_p if top_p < 1 else None)
+            heat = float(temperature) if temperature == 0 or adjust is None else adjust(logits)
+            token, p = sampling.draw(logits, uniforms[:, t:t + 1], heat, top_p if top_p < 1 else None)
             new = torch.where(alive, token, pad)
-            response[:, t:t + 1], written[:, t:t + 1], log_probs[:, t:t + 1] = new, alive, log_prob.where(alive, 0.0)
+            response[:, t:t + 1], written[:, t:t + 1], log_probs[:, t:t + 1] = new, alive, p.log().where(alive, 0.0)
             mask, alive = torch.cat([mask, alive], 1), alive & (new != eos)
             if not alive.any():
                 break
