@@ -125,11 +125,11 @@ class _State:
 class Sampler:
     """Generates from `policy` (a Transformer; or foreign.Foreign, which generates slowly).
 
-    dtype: of its copies; None: autocast's where it is on and the device is a GPU, else that of the parameters. Holds copies,
-    caches and graphs only: nothing of it belongs to a run's state."""
+    dtype: of its copies; None: autocast's where it is on and the device is a GPU, else that of the parameters. graph: whether
+    CUDA graphs are used. Holds copies, caches and graphs only: nothing of it belongs to a run's state."""
 
-    def __init__(self, policy, dtype: torch.dtype | None = None):
-        self.policy, self.dtype = policy, dtype
+    def __init__(self, policy, dtype: torch.dtype | None = None, graph: bool = True):
+        self.policy, self.dtype, self.graph = policy, dtype, graph
         self.copies: _Copies | None = None
         self.states: dict[tuple, _State] = {}
         self.pool = None
@@ -190,7 +190,7 @@ class Sampler:
         if state is None or (heat == "adjusted" and state.adjust != adjust):
             state = _State(self.policy.shape, rows, prompt, steps, self.copies)
             state.heat, state.nucleus, state.adjust = heat, nucleus, adjust
-            if self.copies.device.type != "cpu" and steps > 1:
+            if state.token.is_cuda and self.graph and steps > 1:
                 self._capture(state)
         self.states[key] = state
         while len(self.states) > KEPT:

@@ -99,16 +99,18 @@ class Foreign(nn.Module):
     def _check(self):
         """Some architectures scale or bound their logits: scores from hidden states would be wrong without a word."""
         ids = torch.arange(1, 5, device=self.head.device).remainder(self.shape.vocabulary).unsqueeze(0)
-        training = self.inner.training
-        self.inner.eval()
+        self.eval()
         truth, mine = self.inner(input_ids=ids).logits.float(), F.linear(self.packed(ids), self.head).float()
-        self.inner.train(training)
         if truth.shape != mine.shape or (truth - mine).abs().max() > 1e-2 * truth.abs().max().clamp(min=1e-3):
             raise self._refusal("its logits are more than its last hidden states times one matrix")
 
     @property
     def head(self) -> Tensor:
         return self.inner.get_output_embeddings().weight
+
+    def train(self, mode: bool = True):
+        """Always as in evaluation: with dropout, scores would not be those of what was drawn."""
+        return super().train(False)
 
     def packed(self, ids: Tensor) -> Tensor:
         return self.hidden(ids, None)

@@ -119,9 +119,10 @@ class _Fast(torch.autograd.Function):
         pieces = []
         for i in range(0, max(len(hidden), 1), chunk):
             z, goal = _scaled(hidden, head, temperature, slice(i, i + chunk)), target[i:i + chunk].unsqueeze(-1)
-            total = z.logsumexp(-1, keepdim=True)
-            log_p = z.sub_(total)
+            raw, log_p = z.gather(-1, goal), z.log_softmax(-1)
+            del z
             at_goal = log_p.gather(-1, goal)
+            total = raw - at_goal  # the logarithm of the sum, without more passes over the logits
             spread = -(log_p.exp().mul_(log_p)).sum(-1, keepdim=True) if entropy else torch.zeros_like(total)
             pieces.append(torch.cat([at_goal, spread, total], 1))
         at_goal, spread, total = torch.cat(pieces).unbind(-1)
