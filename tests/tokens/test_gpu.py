@@ -11,6 +11,7 @@ from methods.tokens import scoring
 from methods.tokens.engine import Sampler, reference_generate
 from methods.tokens.scoring import log_prob_and_entropy, score
 from methods.tokens.transformer import Shape, Transformer
+from tests.tokens import policies
 
 if not torch.cuda.is_available():
     print("\ntests/tokens/test_gpu.py: NOT EXERCISED, there is no GPU")
@@ -26,18 +27,11 @@ def heat(logits):
 
 
 def policy(shape=SMALL, seed=0, loud=12.0) -> Transformer:
-    torch.manual_seed(seed)
-    model = Transformer(shape)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.mul_(loud) if p.dim() == 2 and "embed" not in name else p.add_(0.1 * torch.randn_like(p))
-    return model.cuda()
+    return policies.policy(shape, seed, loud).cuda()
 
 
 def prompts(n, width, vocabulary=19):
-    ids, lengths = torch.randint(1, vocabulary, (n, width)), torch.randint(1, width + 1, (n, 1))
-    mask = torch.arange(width) >= width - lengths
-    return (ids * mask).cuda(), mask.cuda()
+    return [t.cuda() for t in policies.prompts(n, width, vocabulary)]
 
 
 @pytest.mark.parametrize("graph", [True, False])
