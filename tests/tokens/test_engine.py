@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from token_policies import CASES, policy, prompts
 
 from methods.tokens import sampling
 from methods.tokens.engine import Sampler, reference_generate
 from methods.tokens.tokenizer import Characters
 from methods.tokens.transformer import Shape
 from runner.errors import UserError
-from tests.tokens.policies import CASES, policy, prompts
 
 
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])

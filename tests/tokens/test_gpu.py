@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 
 import pytest
+import token_policies
 import torch
 
 from methods.tokens import scoring
 from methods.tokens.engine import Sampler, reference_generate
 from methods.tokens.scoring import log_prob_and_entropy, score
 from methods.tokens.transformer import Shape, Transformer
-from tests.tokens import policies
 
 if not torch.cuda.is_available():
     print("\ntests/tokens/test_gpu.py: NOT EXERCISED, there is no GPU")
@@ -27,11 +27,11 @@ def heat(logits):
 
 
 def policy(shape=SMALL, seed=0, loud=12.0) -> Transformer:
-    return policies.policy(shape, seed, loud).cuda()
+    return token_policies.policy(shape, seed, loud).cuda()
 
 
 def prompts(n, width, vocabulary=19):
-    return [t.cuda() for t in policies.prompts(n, width, vocabulary)]
+    return [t.cuda() for t in token_policies.prompts(n, width, vocabulary)]
 
 
 @pytest.mark.parametrize("graph", [True, False])
