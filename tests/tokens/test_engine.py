@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from token_policies import CASES, policy, prompts
+from token_policies import CASES, assert_drawn_rightly, policy, prompts
 
 from methods.tokens import sampling
 from methods.tokens.engine import Sampler, reference_generate
@@ -25,6 +25,9 @@ def test_the_engine_is_the_reference(case, padded):
         mine, plain = sampler.generate(prompt, mask, **settings), reference_generate(model, prompt, mask, **settings)
         assert torch.equal(mine.response, plain.response) and torch.equal(mine.mask, plain.mask)
         torch.testing.assert_close(mine.log_prob, plain.log_prob, atol=1e-5, rtol=0)
+    assert_drawn_rightly(model, mine, prompt, mask, **settings)
+    with pytest.raises(AssertionError):
+        assert_drawn_rightly(model, mine._replace(response=mine.response.flip(0)), prompt, mask, **settings)
     if settings["steps"] > 1:
         ended = (mine.response == 3).any(-1)
         assert ended.any() and (case == "long" or not ended.all())
@@ -39,6 +42,7 @@ def test_other_shapes(shape):
     settings = {"group": 3, "steps": 9, "eos": 3, "pad": 0, "uniforms": torch.rand(15, 9)}
     mine, plain = Sampler(model).generate(prompt, mask, **settings), reference_generate(model, prompt, mask, **settings)
     assert torch.equal(mine.response, plain.response)
+    assert_drawn_rightly(model, mine, prompt, mask, **settings)
     torch.testing.assert_close(mine.log_prob, plain.log_prob, atol=1e-5, rtol=0)
 
 
