@@ -82,7 +82,7 @@ def test_bf16_copies_are_near():
 @pytest.mark.parametrize("chunk", [7, None])
 def test_scores_in_bf16_and_on_the_cpu(chunk, monkeypatch):
     monkeypatch.setattr(scoring, "KEPT", 0)
-    model = policy(Shape(3001, 64, 2, 4, 2, 96, context=512))
+    model = policy(Shape(3001, 64, 2, 4, 2, 96, context=512), loud=4.0)
     prompt, mask = prompts(8, 9, 3001)
     response, ones = torch.randint(1, 3001, (8, 12), device="cuda"), torch.ones(8, 12, dtype=torch.bool, device="cuda")
     own = lambda logits, target: log_prob_and_entropy(logits, target)  # noqa: E731
