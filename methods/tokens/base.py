@@ -26,6 +26,7 @@ from methods.tokens.scoring import log_prob_and_entropy, score
 from runner.errors import UserError
 from runner.interface import Method, Spec, knob
 
+BETAS = (0.9, 0.95)  # AdamW's, as language models are trained
 PAD_TO = 32  # prompts of a tokeniser are padded to multiples of this: few widths, few captured graphs
 
 
@@ -44,7 +45,6 @@ class TokenMethod(Method):
     @dataclasses.dataclass(frozen=True)
     class Config:
         learning_rate: float = knob(1e-4, "AdamW's", low=0.0)
-        betas: tuple[float, ...] = knob((0.9, 0.95), "AdamW's", low=0.0, high=1.0)
         weight_decay: float = knob(0.0, "AdamW's", low=0.0)
         warmup: int = knob(0, "optimiser steps over which the learning rate rises from 0", low=0)
         decay: str = knob("constant", "course of the learning rate over the run after that; cosine ends at a twentieth",
@@ -66,7 +66,7 @@ class TokenMethod(Method):
     def make_optimizers(self):
         c = self.config
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        self.optimizers = {"policy": torch.optim.AdamW(parameters, lr=c.learning_rate, betas=tuple(c.betas),
+        self.optimizers = {"policy": torch.optim.AdamW(parameters, lr=c.learning_rate, betas=BETAS,
                                                        weight_decay=c.weight_decay, fused=True)}
 
     def prepare(self, data: dict[str, Tensor]):
