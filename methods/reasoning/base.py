@@ -24,7 +24,7 @@ KL per token, d = lp - lp_ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1. On-po
 that of KL(pi || ref), that of k3 of KL(ref || pi).
 
 Sources: Shao et al. 2024 (GRPO, arXiv 2402.03300); Schulman et al. 2017 (clip); Ye et al. 2020 (dual clip); Schulman 2020 (KL).
-Common code differs in details: verl clamps k3 at 10 (its gradient vanishes there), here `kl_cap` is 0, none; TRL uses 1e-4 in the
+Common code differs in details: verl clamps k3 at 10 (where its gradient vanishes), which is not done here; TRL uses 1e-4 in the
 advantage's denominator, OpenRLHF 1e-9.
 """
 
@@ -68,7 +68,6 @@ class GroupPolicy(TokenMethod):
             "token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "token_sum_norm"])
         kl_weight: float = knob(0.0, "beta: of the KL to the policy as it was at the start", low=0.0)
         kl_estimator: str = knob("k3", "its estimate per token", choices=["k1", "k2", "k3"], when={"kl_weight": [0.5]})
-        kl_cap: float = knob(0.0, "bound of the estimate per token, as in verl (10); 0: none", low=0.0, when={"kl_weight": [0.5]})
 
     PARTS = ("collect", "reward", "advantage", "measure", "observe", "weigh", "surrogate", "penalty", "after_update")
     ADDITIVE = ("reward", "measure", "observe", "weigh", "penalty", "after_update")
@@ -235,7 +234,7 @@ class GroupPolicy(TokenMethod):
         c = self.config
         if not c.kl_weight:
             return None
-        return c.kl_weight * self.aggregate(kl(rows.log_prob, rows.old["reference_log_prob"], c.kl_estimator, c.kl_cap), rows)
+        return c.kl_weight * self.aggregate(kl(rows.log_prob, rows.old["reference_log_prob"], c.kl_estimator), rows)
 
     def after_update(self, batch):
         """After the last step; overriders call super()'s."""

@@ -24,6 +24,8 @@ class ReinforcePP(GroupPolicy):
     class Config(GroupPolicy.Config):
         whitening: str = knob("batch", "over what advantages are compared: all tokens of the batch, or the group (GRPO)",
                               choices=["batch", "group"])
+        scale: str = knob("group", "deviation that advantages are divided by: the group's, the batch's, or none",
+                          choices=["group", "batch", "none"], when={"whitening": "group"})
         baseline: str = knob("none", "taken off the reward first", choices=["none", "group"], when={"whitening": "batch"})
         reward_kl: float = knob(0.0, "beta of the KL in the reward (k1, so that its gradient is that of KL(pi || ref))", low=0.0,
                                 when={"whitening": "batch"})

@@ -20,6 +20,8 @@ class RLOO(GroupPolicy):
     @dataclasses.dataclass(frozen=True)
     class Config(GroupPolicy.Config):
         leave_one_out: bool = knob(True, "the baseline leaves the response itself out, and nothing is divided by a deviation")
+        scale: str = knob("group", "deviation that advantages are divided by: the group's, the batch's, or none",
+                          choices=["group", "batch", "none"], when={"leave_one_out": False})
 
     def advantage(self, batch, old):
         if not self.config.leave_one_out:

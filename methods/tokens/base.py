@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from methods.tokens.engine import Sampler
+from methods.tokens.graphed import Graphed
 from methods.tokens.scoring import log_prob_and_entropy, score
 from runner.errors import UserError
 from runner.interface import Method, Spec, knob
 
+BETAS = (0.9, 0.95)  # AdamW's, as language models are trained
 PAD_TO = 32  # prompts of a tokeniser are padded to multiples of this: few widths, few captured graphs
 
 
@@ -43,7 +45,6 @@ class TokenMethod(Method):
     @dataclasses.dataclass(frozen=True)
     class Config:
         learning_rate: float = knob(1e-4, "AdamW's", low=0.0)
-        betas: tuple[float, ...] = knob((0.9, 0.95), "AdamW's", low=0.0, high=1.0)
         weight_decay: float = knob(0.0, "AdamW's", low=0.0)
         warmup: int = knob(0, "optimiser steps over which the learning rate rises from 0", low=0)
         decay: str = knob("constant", "course of the learning rate over the run after that; cosine ends at a twentieth",
@@ -56,7 +57,7 @@ class TokenMethod(Method):
         self.policy, self.tokenizer = self.blueprint.build(spec)
         self.reference = copy.deepcopy(self.policy).requires_grad_(False) \
             if self.needs_reference() and not hasattr(self.policy, "adapters_off") else None
-        self._sampler = None
+        self._sampler, self._graphed = None, None
 
     def needs_reference(self) -> bool:
         """Whether the policy as it was at the start is asked for its log-probabilities."""
@@ -65,7 +66,7 @@ class TokenMethod(Method):
     def make_optimizers(self):
         c = self.config
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        self.optimizers = {"policy": torch.optim.AdamW(parameters, lr=c.learning_rate, betas=tuple(c.betas),
+        self.optimizers = {"policy": torch.optim.AdamW(parameters, lr=c.learning_rate, betas=BETAS,
                                                        weight_decay=c.weight_decay, fused=True)}
 
     def prepare(self, data: dict[str, Tensor]):
@@ -137,10 +138,11 @@ class TokenMethod(Method):
         return Completions(decoded, prompt.repeat_interleave(samples, 0), prompt_mask.repeat_interleave(samples, 0),
                            out.response, out.mask, out.log_prob)
 
-    def score(self, rows: dict[str, Tensor], measure=log_prob_and_entropy, temperature: float = 1.0, policy=None) -> dict:
+    def score(self, rows: dict[str, Tensor], measure=log_prob_and_entropy, temperature: float = 1.0, policy=None,
+              trunk=None) -> dict[str, Tensor]:
         """rows: prompt, prompt_mask, response, mask -> what `measure` tells of every response token, each (b, T)."""
         return score(policy or self.policy, rows["prompt"], rows["prompt_mask"], rows["response"], rows["mask"].bool(),
-                     measure, temperature)
+                     measure, temperature, trunk=trunk)
 
     @torch.no_grad()
     def score_reference(self, rows: dict[str, Tensor], temperature: float = 1.0) -> dict:
@@ -170,7 +172,10 @@ class TokenMethod(Method):
         for p in parameters:
             p.grad = None
         if not c.micro_rows or c.micro_rows >= number:
-            value = loss(self.score(rows, measure, temperature))
+            if self._graphed is None:
+                self._graphed = Graphed(self.policy)
+            trunk = self._graphed.trunk(number, rows["prompt"].shape[1] + rows["response"].shape[1])
+            value = loss(self.score(rows, measure, temperature, trunk=trunk))
             self.engine.backward(value)
         else:
             parts = torch.arange(number, device=self.device()).split(c.micro_rows)

@@ -36,19 +36,20 @@ Measure = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 def score(policy, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: Tensor,
           measure: Measure = log_prob_and_entropy, temperature: float | Tensor = 1.0,
-          chunk: int | None = None) -> dict[str, Tensor]:
+          chunk: int | None = None, trunk=None) -> dict[str, Tensor]:
     """What `measure` says of every response token, (b, T) float32 each; 0 off the mask.
 
     prompt, prompt_mask (b, Tp), padded on the left, no row empty; response, mask (b, T), padded on the right. `measure` gets
     logits (n, V) float32, divided by the temperature (a number, or a tensor like response), and targets (n,). chunk: positions
-    whose logits exist at once. Waits for the device (how many positions there are decides shapes)."""
+    whose logits exist at once. trunk: ids -> hidden in the place of the policy's, for the whole width (graphed.py).
+    Waits for the device (how many positions there are decides shapes)."""
     whole = torch.cat([prompt_mask, mask], 1)
     packed, _ = pack(torch.cat([prompt, response], 1), whole)
-    longest = int(whole.sum(-1).max())
+    longest = whole.shape[1] if trunk else int(whole.sum(-1).max())
     picked = mask.flatten().nonzero().squeeze(-1)  # among the b * T tokens of responses
     place = whole.cumsum(-1)[:, prompt.shape[1]:] - 2  # of the token before, which predicts this one
     row = torch.arange(len(mask), device=mask.device).unsqueeze(-1) * longest
-    hidden = policy.packed(packed[:, :longest]).flatten(0, 1).index_select(0, (place + row).flatten()[picked])
+    hidden = (trunk or policy.packed)(packed[:, :longest]).flatten(0, 1).index_select(0, (place + row).flatten()[picked])
     target = response.flatten()[picked]
     if isinstance(temperature, Tensor):
         temperature = temperature.expand(response.shape).flatten()[picked].unsqueeze(-1).float()
@@ -64,7 +65,7 @@ def measured(hidden: Tensor, head: Tensor, target: Tensor, measure: Measure, tem
     Computes in autocast's precision where it is on, else in hidden's; temperature: a number or (n, 1) without gradient."""
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    hidden, head = hidden.to(dtype), head.to(dtype)
+    hidden = hidden.to(dtype)
     chunk = chunk or max(1, ELEMENTS // len(head))
     with torch.autocast(kind, enabled=False):
         if measure is log_prob_and_entropy:
@@ -99,29 +100,31 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head):
         ctx.save_for_backward(hidden, head)
-        return product(hidden, head)
+        return product(hidden, head.to(hidden.dtype))
 
     @staticmethod
     def backward(ctx, gradient):
         hidden, head = ctx.saved_tensors
         gradient = gradient.to(hidden.dtype)
-        return (gradient @ head if ctx.needs_input_grad[0] else None,
+        return (gradient @ head.to(hidden.dtype) if ctx.needs_input_grad[0] else None,
                 _head_gradient(gradient, hidden).to(head.dtype) if ctx.needs_input_grad[1] else None)
 
 
 class _Fast(torch.autograd.Function):
     """log p(target) and the entropy H, chunk by chunk; z: logits divided by the temperature t, p = softmax(z).
 
-    dL/dlogits = (g_lp (onehot - p) - g_H p (log p + H)) / t."""
+    dL/dlogits = (g_lp (onehot - p) - g_H p (log p + H)) / t. The head is cast to hidden's precision for the products only, so
+    that its gradient is summed, and handed on, in its own."""
 
     @staticmethod
     def forward(ctx, hidden, head, target, temperature, chunk, entropy):
-        pieces = []
+        pieces, half = [], head.to(hidden.dtype)
         for i in range(0, max(len(hidden), 1), chunk):
-            z, goal = _scaled(hidden, head, temperature, slice(i, i + chunk)), target[i:i + chunk].unsqueeze(-1)
-            total = z.logsumexp(-1, keepdim=True)
-            log_p = z.sub_(total)
+            z, goal = _scaled(hidden, half, temperature, slice(i, i + chunk)), target[i:i + chunk].unsqueeze(-1)
+            raw, log_p = z.gather(-1, goal), z.log_softmax(-1)
+            del z
             at_goal = log_p.gather(-1, goal)
+            total = raw - at_goal  # the logarithm of the sum, without more passes over the logits
             spread = -(log_p.exp().mul_(log_p)).sum(-1, keepdim=True) if entropy else torch.zeros_like(total)
             pieces.append(torch.cat([at_goal, spread, total], 1))
         at_goal, spread, total = torch.cat(pieces).unbind(-1)
@@ -134,14 +137,14 @@ class _Fast(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_log_prob, g_entropy):
         hidden, head, target, spread, total = (t if t.dim() > 1 else t.unsqueeze(-1) for t in ctx.saved_tensors)
-        none = torch.zeros_like(spread)
+        none, half = torch.zeros_like(spread), head.to(hidden.dtype)
         g_lp = none if g_log_prob is None else g_log_prob.unsqueeze(-1).float() / ctx.temperature
         g_h = g_entropy.unsqueeze(-1).float() / ctx.temperature if ctx.entropy and g_entropy is not None else None
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         to_head = torch.zeros(head.shape, device=head.device) if ctx.needs_input_grad[1] else None
         for i in range(0, len(hidden), ctx.chunk):
             at = slice(i, i + ctx.chunk)
-            log_p = _scaled(hidden, head, ctx.temperature, at).sub_(total[at])
+            log_p = _scaled(hidden, half, ctx.temperature, at).sub_(total[at])
             if g_h is None:
                 slope = log_p.exp_().mul_(-g_lp[at])
             else:
@@ -150,7 +153,7 @@ class _Fast(torch.autograd.Function):
                 del p
             slope = slope.scatter_add_(-1, target[at], g_lp[at]).to(hidden.dtype)
             if to_hidden is not None:
-                to_hidden[at] = slope @ head
+                to_hidden[at] = slope @ half
             if to_head is not None:
                 to_head += _head_gradient(slope, hidden[at])
         return to_hidden, None if to_head is None else to_head.to(head.dtype), None, None, None, None

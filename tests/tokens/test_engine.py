@@ -5,38 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from token_policies import CASES, assert_drawn_rightly, policy, prompts
 
 from methods.tokens import sampling
 from methods.tokens.engine import Sampler, reference_generate
 from methods.tokens.tokenizer import Characters
-from methods.tokens.transformer import Shape, Transformer
+from methods.tokens.transformer import Shape
 from runner.errors import UserError
-
-SMALL = Shape(19, 32, 2, 4, 2, 48, context=64, qkv_bias=True)
-
-
-def policy(shape: Shape = SMALL, seed: int = 0, loud: float = 12.0) -> Transformer:
-    """A random policy; `loud` times the usual weights, so that what it says depends on what it read."""
-    torch.manual_seed(seed)
-    model = Transformer(shape)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.mul_(loud) if p.dim() == 2 and "embed" not in name else p.add_(0.1 * torch.randn_like(p))
-    return model
-
-
-def prompts(n: int, width: int, vocabulary: int, padded: bool = True):
-    ids = torch.randint(1, vocabulary, (n, width))
-    lengths = torch.randint(1, width + 1, (n,)) if padded else torch.full((n,), width)
-    mask = torch.arange(width) >= width - lengths[:, None]
-    return ids * mask, mask
-
-
-CASES = {
-    "plain": {}, "one sample": {"group": 1}, "greedy": {"temperature": 0.0}, "hot": {"temperature": 1.7},
-    "nucleus": {"top_p": 0.7}, "adjusted": {"adjust": lambda logits: 0.5 + logits.std(-1, keepdim=True)},
-    "one token": {"steps": 1}, "long": {"steps": 40},
-}
 
 
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
@@ -50,6 +25,9 @@ def test_the_engine_is_the_reference(case, padded):
         mine, plain = sampler.generate(prompt, mask, **settings), reference_generate(model, prompt, mask, **settings)
         assert torch.equal(mine.response, plain.response) and torch.equal(mine.mask, plain.mask)
         torch.testing.assert_close(mine.log_prob, plain.log_prob, atol=1e-5, rtol=0)
+    assert_drawn_rightly(model, mine, prompt, mask, **settings)
+    with pytest.raises(AssertionError):
+        assert_drawn_rightly(model, mine._replace(response=mine.response.flip(0)), prompt, mask, **settings)
     if settings["steps"] > 1:
         ended = (mine.response == 3).any(-1)
         assert ended.any() and (case == "long" or not ended.all())
@@ -64,6 +42,7 @@ def test_other_shapes(shape):
     settings = {"group": 3, "steps": 9, "eos": 3, "pad": 0, "uniforms": torch.rand(15, 9)}
     mine, plain = Sampler(model).generate(prompt, mask, **settings), reference_generate(model, prompt, mask, **settings)
     assert torch.equal(mine.response, plain.response)
+    assert_drawn_rightly(model, mine, prompt, mask, **settings)
     torch.testing.assert_close(mine.log_prob, plain.log_prob, atol=1e-5, rtol=0)
 
 
@@ -126,12 +105,13 @@ def test_what_exceeds_the_context_is_refused():
 def test_frequencies_are_the_probabilities(size):
     """Every 1/n-th quantile once: each token comes as often as n times its probability, give or take one."""
     torch.manual_seed(0)
-    n = 200_000 if size > 1024 else 20_000
+    n = 20_000 if size == 19 else 6_000
     logits = 2 * torch.randn(size)
     uniform = (torch.arange(n, dtype=torch.float64) + 0.5).div(n).float().unsqueeze(-1)
     for temperature, share in ((1.0, None), (0.5, None), (1.0, 0.6)):
-        parts = [sampling.draw(logits.expand(len(u), -1), u, torch.tensor([[temperature]]), share) for u in uniform.split(2000)]
-        token, log_prob = (torch.cat(p).squeeze(-1) for p in zip(*parts))
+        heat = torch.tensor([[temperature]])
+        parts = [sampling.draw(logits.expand(len(u), -1), u, heat, share) for u in uniform.split(2000)]
+        token, probability = (torch.cat(p).squeeze(-1) for p in zip(*parts))
         p = (logits.double() / temperature).softmax(-1)
         if share:
             ranked = p.sort(descending=True)
@@ -140,7 +120,7 @@ def test_frequencies_are_the_probabilities(size):
             p = p / p.sum()
         count = token.bincount(minlength=size)
         assert ((count - n * p).abs() < 1 + n * 2e-6).all()
-        torch.testing.assert_close(log_prob.double(), p.log()[token], atol=2e-6, rtol=0)
+        torch.testing.assert_close(probability.double(), p[token], atol=0, rtol=2e-6)
 
 
 @pytest.mark.parametrize("size", [7, 1500])
