@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from envs.prompts.base import Prompts, PromptWorld, pass_at
+from envs.prompts.base import Prompts, PromptWorld, blamed, pass_at
 from methods.tokens.base import Completions
 from runner.interface import Metric
 
@@ -57,8 +57,7 @@ def play(task, states: list[Any], generate: Callable[[list[str], Tensor, int], C
             try:
                 states[i], told, over = task.step(states[i], text)
             except Exception as error:
-                raise RuntimeError(f"{type(task).__name__}.step raised {type(error).__name__}: {error}\n"
-                                   f"prompt {task.observe(states[i])!r}, completion {text!r}") from error
+                raise blamed(f"{type(task).__name__}.step", error, task.observe(states[i]), text) from error
             reward[i] += max(told, 0.0)
             cost.append(min(told, 0.0))
             length[i] += 1
