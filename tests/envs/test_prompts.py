@@ -16,7 +16,7 @@ from envs.prompts.base import Prompts, invalid_mass, majority, pass_at
 from envs.prompts.key_door import KeyDoor, State
 from envs.prompts.task import Problem, Task, Verdict
 from envs.prompts.turns import play
-from methods.reasoning.base import group_statistics
+from methods.reasoning.base import GroupPolicy, group_statistics
 from methods.reasoning.batches import groups_of, join
 from methods.tokens.base import Completions
 from methods.tokens.tokenizer import Characters
@@ -25,7 +25,7 @@ from runner.catalogue import Catalogue, load_class
 from runner.compose import compose
 from runner.errors import UserError
 from runner.interface import make_config
-from runner.knobs import fill
+from runner.knobs import fill, knobs_of
 from runner.run import assemble
 
 BOOK = Catalogue()
@@ -88,6 +88,10 @@ class Scripted:
 
     def distributions(self, out):
         return torch.full((*out.response.shape, self.tokenizer.size), 1 / self.tokenizer.size).log()
+
+
+def bare():
+    return GroupPolicy(make_config([GroupPolicy.Config], {k.name: k.default for k in knobs_of(GroupPolicy.Config)}))
 
 
 def told_world(**values):
@@ -358,8 +362,28 @@ def test_rewards_are_compared_over_episodes():
     assert mean[:6].tolist() == pytest.approx([episodes.mean().item()] * 6) and mean[6:].eq(value[6]).all()
     assert deviation[:6].tolist() == pytest.approx([episodes.std().item()] * 6) and deviation[6:].eq(0).all()
     assert size.tolist() == [3] * 6 + [2] * 3
+    advantage = bare().advantage({"reward": value, "group": group, "unit": unit}, {})
+    assert advantage[:6].tolist() == pytest.approx(((value[:6] - episodes.mean()) / episodes.std()).tolist(), rel=1e-4)
+    assert advantage[6:].eq(0).all()
     same = group_statistics(value, group, torch.arange(9))  # every row its own: as without
     assert all(torch.equal(a, b) for a, b in zip(same, group_statistics(value, group)))
+
+
+def test_equal_episodes_of_any_length_have_no_deviation():
+    unit = torch.repeat_interleave(torch.arange(1, 12), torch.arange(1, 12))  # sums of 0.7 round differently for each length
+    mean, deviation, _ = group_statistics(torch.full((66,), 0.7), torch.zeros(66, dtype=torch.long), unit)
+    assert mean.eq(torch.tensor(0.7)).all() and deviation.eq(0).all()
+
+
+def test_every_turn_and_every_set_of_rollouts_has_numbers_of_its_own(monkeypatch):
+    method, _, stream = assembled("method=grpo", *TURNS)
+    seen, generate = [], method.generate
+    monkeypatch.setattr(method, "generate", lambda texts, samples, uniforms, *more, **named: (
+        seen.append(uniforms.clone()), generate(texts, samples, uniforms, *more, **named))[1])
+    stream.next()
+    stream.rollouts([0, 1, 2, 3], 4, name="second")
+    stream.next()
+    assert len(seen) == 15 and len({tuple(u.flatten().tolist()) for u in seen}) == 15
 
 
 def test_episodes_stay_whole_when_batches_are_cut_and_joined():
