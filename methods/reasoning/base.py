@@ -80,8 +80,8 @@ class GroupPolicy(TokenMethod):
         """batch: see envs/prompts/base.py."""
         c = self.config
         batch = {**batch, "mask": batch["mask"].float()}
-        batch["reward"] = self.reward(batch)
         self.told: dict[str, Tensor] = {}
+        batch["reward"] = self.reward(batch)
         first = c.minibatches > 1 or self.looks_first
         old = self.measured(batch) if first else {}  # else the step's own forward pass tells
         if self.needs_reference():
