@@ -118,7 +118,8 @@ def test_the_greatest_change_gets_the_least_weight():
 
 
 def steered(**knobs):
-    rows = rows_of(torch.tensor([[0.05, 0.9, 0.3, 0.5]]).log(), entropy=[[0.5, 0.5, 0.5, 1.5]], mask=[[1, 1, 1, 0]], advantage=1.0)
+    p, entropy = torch.tensor([[0.05, 0.9, 0.3, 0.5]]), [[0.5, 0.5, 0.5, 1.5]]
+    rows = rows_of(p.log(), entropy=entropy, mask=[[1, 1, 1, 0]], advantage=1.0)
     method(STEER, **knobs).weigh(rows)
     return rows.weight[0]
 
@@ -154,14 +155,16 @@ def test_the_score_spans_minus_one_to_one_with_zero_at_the_pivot():
     assert h[2] == pytest.approx(torch.tensor(0.1).log().item() / 18.4207, abs=1e-4)
     released = score(H, known, 1e-8, True)[0]
     assert released[0] == pytest.approx(1) and (released >= 0).all()  # the surest token counts as the most uncertain
-    assert score(H, spread(H, MASK, 0.8, 0.05), 0.05, False)[0][:2].tolist() == pytest.approx([-1, -1])  # the floor takes the extreme's say
+    bounded = score(H, spread(H, MASK, 0.8, 0.05), 0.05, False)[0]
+    assert bounded[:2].tolist() == pytest.approx([-1, -1]) and bounded[2] < h[2]  # the floor takes the extreme's say
     flat = torch.full((1, 3), 0.5)
     assert (score(flat, spread(flat, torch.ones(1, 3), 0.8, 1e-8), 1e-8, False) == 0).all()
 
 
 def test_advantages_sum_to_zero_over_the_tokens_of_a_group():
     length, group = torch.tensor([3, 5, 9, 2, 4, 4]), torch.tensor([0, 0, 0, 1, 1, 1])
-    batch = {"reward": torch.tensor([1, 0, 0, 0.7, 0.7, 0.7]), "group": group, "mask": (torch.arange(9) < length[:, None]).float()}
+    mask = (torch.arange(9) < length[:, None]).float()
+    batch = {"reward": torch.tensor([1, 0, 0, 0.7, 0.7, 0.7]), "group": group, "mask": mask}
     plain = torch.tensor([5.0, 5, 5, 0, 0, 0])
     advantage = token_level(batch, plain)
     assert (advantage[:3] * length[:3]).sum() == pytest.approx(0, abs=1e-5)
@@ -195,7 +198,7 @@ def test_clip_range_and_advantage_follow_the_score():
     assert weighed(widen=0.0).low == 0.2
     rows = weighed(sign="released")
     assert rows.low.unique().tolist() == pytest.approx([0.2]) and rows.high[0, 0] == pytest.approx(0.4)
-    assert rows.advantage[0, 1] == pytest.approx(1.0) and rows.advantage[0, 4] == pytest.approx(2.0)
+    assert rows.advantage[0].tolist() == pytest.approx([1, 2, 1, 1, 2])  # the surest tokens are enlarged, none is shrunk
     assert rows.told["below_pivot"] == 0
 
 
