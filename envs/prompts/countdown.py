@@ -13,8 +13,8 @@ Demonstrations: with probability `correct_share` a random derivation that reache
 numbers. Variants: `extra_tokens` characters that never occur (a large vocabulary for entropy bonuses to leak into);
 `wrapper`: the response is "<1*4=4,4-3=1>." and Verdict.format tells whether the brackets stand, apart from correctness.
 
-For a card: provides prompts, demonstrations. Testbed of the project's for SIREN (2509.25133), Lp-Reg (2510.03222), AEPO, STEER,
-HAPO, GTPO (2508.03772), DPH-RL and COPO; the task is Countdown of TinyZero (2025) in characters. Gold metrics: pass@1,
+For a card: provides prompts, demonstrations. Testbed of the project's for SIREN (2509.25133), Lp-Reg (2510.03222), AEPO,
+STEER, HAPO, GTPO (2508.03772), DPH-RL and COPO; the task is Countdown of TinyZero (2025) in characters. Gold metrics: pass@1,
 pass@16 and coverage (distinct correct derivations among the samples) on held-out problems.
 """
 
@@ -88,7 +88,7 @@ class Countdown(Task):
                  correct_share: float = 0.5, wrapper: bool = False, extra_tokens: int = 0, held_out: float = 0.1,
                  seed: int = 0):
         if not 2 <= numbers <= 4 or not 1 <= largest <= 9:
-            raise UserError(f"countdown of {numbers} numbers up to {largest}\nthere may be 2 to 4 numbers from 1 up to at most 9")
+            raise UserError(f"countdown of {numbers} numbers up to {largest}\nthere may be 2 to 4, from 1 to at most 9")
         if not 0 <= extra_tokens <= 2000 or not 0 <= correct_share <= 1 or not 0 < held_out < 1:
             raise UserError("countdown: extra_tokens is 0 to 2000, correct_share 0 to 1, held_out between 0 and 1")
         self.most = most_target if most_target is not None else 999 if numbers == 4 else 99
@@ -141,9 +141,11 @@ class Countdown(Task):
         return [text for text, reached in derivations(numbers, self.most).items() if reached == target]
 
     def demonstrate(self, problem, rng):
-        correct = rng.random() < self.correct_share
-        texts = self.all_solutions(problem) if correct else list(derivations(problem.answer[0], self.most))
-        return f"<{rng.choice(texts)}>." if self.wrapper else rng.choice(texts) + "."
+        text = self.derivation(problem, rng.random() < self.correct_share, rng)
+        return f"<{text}>." if self.wrapper else text + "."
+
+    def derivation(self, problem, correct: bool, rng) -> str:
+        return rng.choice(self.all_solutions(problem) if correct else list(derivations(problem.answer[0], self.most)))
 
     @functools.cached_property
     def follows(self) -> dict[str, set[str]]:

@@ -18,11 +18,13 @@ class Problem(NamedTuple):
 
 class Verdict(NamedTuple):
     """answer: the final answer in one spelling, for votes; None if there is none to be read. Whether an answer is correct
-    depends on nothing but the answer. format: share of the required form that the response has."""
+    depends on nothing but the answer. format: share of the required form that the response has. score: graded reward, where
+    a task has one besides right and wrong."""
 
     correct: float
     answer: str | None
     format: float = 1.0
+    score: float | None = None
 
 
 WRONG = Verdict(0.0, None, 0.0)

@@ -87,27 +87,33 @@ class _State:
         turns = torch.stack([cos, sin], 1).unsqueeze(2).repeat(1, 1, kinds, 1)  # (slots, 2, heads of q, k, v, size)
         turns[:, 0, shape.heads + shape.kv_heads:], turns[:, 1, shape.heads + shape.kv_heads:] = 1.0, 0.0  # v is not turned
         self.turns = turns.to(like.dtype)
-        self.slot, self.step = (torch.zeros(1, dtype=torch.int64, **kwargs) for _ in range(2))
-        self.uniforms, self.log_prob = (torch.zeros(rows, steps, **kwargs) for _ in range(2))
+        self.place = torch.zeros(2, dtype=torch.int64, **kwargs)
+        self.slot, self.step = self.place[:1], self.place[1:]  # of the cache that is written; of the response
+        self.uniforms, self.probability = (torch.zeros(rows, steps, **kwargs) for _ in range(2))
         self.response = torch.zeros(rows, steps, dtype=torch.int64, **kwargs)
-        self.mask = torch.zeros(rows, steps, dtype=torch.bool, **kwargs)
         self.token = torch.zeros(rows, dtype=torch.int64, **kwargs)
-        self.alive = torch.ones(rows, 1, dtype=torch.bool, **kwargs)
-        self.eos, self.pad = (torch.zeros((), dtype=torch.int64, **kwargs) for _ in range(2))
         self.temperature, self.top_p = (torch.ones(1, 1, **kwargs) for _ in range(2))
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.full = False  # whether no prompt is padded
-        self.adjust = None
 
-    def begin(self, lengths: Tensor, uniforms: Tensor, eos: int, pad: int, temperature: float, top_p: float):
+    def begin(self, lengths: Tensor, uniforms: Tensor, temperature: float, top_p: float):
         """lengths (B,): of the prompts, whose tokens lie in the first slots."""
         slots = torch.arange(self.slots, device=lengths.device)
         self.bias.copy_(torch.where(slots < lengths[:, None], 0.0, -torch.inf)[:, None, None])
         self.uniforms.copy_(uniforms)
-        self.response.fill_(pad)
-        self.log_prob.zero_(), self.mask.zero_(), self.alive.fill_(True)
-        self.slot.fill_(self.prompt), self.step.zero_()
-        self.eos.fill_(eos), self.pad.fill_(pad), self.temperature.fill_(temperature or 1.0), self.top_p.fill_(top_p)
+        self.slot.fill_(self.prompt - 1), self.step.zero_()
+        self.temperature.fill_(temperature), self.top_p.fill_(top_p)
+
+    def ended(self, eos: int, steps: int) -> bool:
+        """Whether every row has its end among its first tokens. Waits for the device."""
+        return bool((self.response[:, :steps] == eos).any(-1).all())
+
+    def result(self, eos: int, pad: int) -> Generated:
+        """Rows go on after their end, which costs nothing; what they say there is dropped here."""
+        end = self.response == eos
+        mask = end.cumsum(-1) == end  # no end before this token
+        log_prob = self.probability.clamp_min(torch.finfo(torch.float32).tiny).log()
+        return Generated(self.response.where(mask, pad), mask, log_prob.where(mask, 0.0))
 
     def widths(self) -> list[int]:
         """Prefixes of the cache that graphs read, rising: four at most, none of them short."""
@@ -117,13 +123,13 @@ class _State:
 
 
 class Sampler:
-    """Generates from `policy` (a Transformer; or transformers' own model in checkpoint.Foreign, which generates slowly).
+    """Generates from `policy` (a Transformer; or foreign.Foreign, which generates slowly).
 
-    dtype: of its copies; None: autocast's where it is on and the device is a GPU, else that of the parameters. Holds copies,
-    caches and graphs only: nothing of it belongs to a run's state."""
+    dtype: of its copies; None: autocast's where it is on and the device is a GPU, else that of the parameters. graph: whether
+    CUDA graphs are used. Holds copies, caches and graphs only: nothing of it belongs to a run's state."""
 
-    def __init__(self, policy, dtype: torch.dtype | None = None):
-        self.policy, self.dtype = policy, dtype
+    def __init__(self, policy, dtype: torch.dtype | None = None, graph: bool = True):
+        self.policy, self.dtype, self.graph = policy, dtype, graph
         self.copies: _Copies | None = None
         self.states: dict[tuple, _State] = {}
         self.pool = None
@@ -140,6 +146,7 @@ class Sampler:
             dtype = torch.get_autocast_dtype(kind) if half else weights.norm.dtype
         if self.copies is None or (self.copies.dtype, self.copies.device) != (dtype, weights.norm.device):
             self.states.clear()
+            self.pool = None
             self.copies = _Copies(weights, dtype)
         self.copies.write(weights)
 
@@ -153,36 +160,37 @@ class Sampler:
         temperature of each row instead; it is captured with the rest, so it may read tensors that stay in place, and should
         be the same function at every call. UserError: a prompt and its response exceed the context."""
         check(self.policy, prompt, steps)
-        settings = {"eos": eos, "pad": pad, "temperature": temperature, "top_p": top_p}
         if not hasattr(self.policy, "weights"):
-            return self.policy.generate(prompt, prompt_mask, group=group, steps=steps, uniforms=uniforms, adjust=adjust,
-                                        **settings)
+            return self.policy.generate(prompt, prompt_mask, group=group, steps=steps, eos=eos, pad=pad, uniforms=uniforms,
+                                        temperature=temperature, top_p=top_p, adjust=adjust)
         if self.copies is None:
             self.refresh()
         with torch.autocast(prompt.device.type, enabled=False):
-            state = self._state(len(prompt) * group, prompt.shape[1], steps, temperature == 0, top_p < 1, adjust)
+            heat = "greedy" if temperature == 0 else "adjusted" if adjust else "unit" if temperature == 1 else "scaled"
+            state = self._state(len(prompt) * group, prompt.shape[1], steps, heat, top_p < 1, adjust)
             state.full = not prompt.is_cuda and bool(prompt_mask.all())
-            state.begin(prompt_mask.sum(-1).repeat_interleave(group), uniforms, **settings)
+            state.begin(prompt_mask.sum(-1).repeat_interleave(group), uniforms, temperature, top_p)
             self._choose(state, self._prefill(state, prompt, prompt_mask, group))
-            self._continue(state)
-        return Generated(state.response.clone(), state.mask.clone(), state.log_prob.clone())
+            self._continue(state, eos)
+            return state.result(eos, pad)
 
-    def _continue(self, state: _State):
-        for slot in range(state.prompt, state.prompt + state.steps - 1):
-            if (slot - state.prompt) % LOOK == LOOK - 1 and not bool(state.alive.any()):
+    def _continue(self, state: _State, eos: int):
+        for step in range(1, state.steps):
+            if step % LOOK == 0 and state.ended(eos, step):
                 return
+            slot = state.prompt + step - 1
             if state.graphs:
                 state.graphs[next(w for w in state.graphs if w > slot)].replay()
             else:
                 self._advance(state, slot + 1)
 
-    def _state(self, rows: int, prompt: int, steps: int, greedy: bool, nucleus: bool, adjust) -> _State:
-        key = (rows, prompt, steps, greedy, nucleus)
+    def _state(self, rows: int, prompt: int, steps: int, heat: str, nucleus: bool, adjust) -> _State:
+        key = (rows, prompt, steps, heat, nucleus)
         state = self.states.pop(key, None)
-        if state is None or state.adjust != adjust:
+        if state is None or (heat == "adjusted" and state.adjust != adjust):
             state = _State(self.policy.shape, rows, prompt, steps, self.copies)
-            state.greedy, state.nucleus, state.adjust = greedy, nucleus, adjust
-            if self.copies.device.type != "cpu" and steps > 1:
+            state.heat, state.nucleus, state.adjust = heat, nucleus, adjust
+            if state.token.is_cuda and self.graph and steps > 1:
                 self._capture(state)
         self.states[key] = state
         while len(self.states) > KEPT:
@@ -194,12 +202,11 @@ class Sampler:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         for width in state.widths():
-            state.slot.fill_(state.prompt), state.step.fill_(0)
             with torch.cuda.stream(stream):
                 stream.wait_stream(torch.cuda.current_stream())
                 for _ in range(2):  # libraries choose their kernels and make their work space
+                    state.place.zero_()
                     self._advance(state, width)
-                    state.slot.fill_(state.prompt), state.step.fill_(0)
             torch.cuda.current_stream().wait_stream(stream)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -224,7 +231,7 @@ class Sampler:
             cache[:, :, :shape.kv_heads].copy_(k.unsqueeze(1))
             cache[:, :, shape.kv_heads:].copy_(v.unsqueeze(1))
             x = x + F.linear(attend(q, k, v).transpose(1, 2).flatten(-2), layer.o)
-            x = x + self._mlp(self._norm(x, layer.mlp_norm), layer)
+            x = x + F.linear(self._gated(self._norm(x, layer.mlp_norm), layer), layer.down)
         last = x.gather(1, (lengths - 1).clamp(min=0).unsqueeze(-1).expand(-1, -1, x.shape[-1])).squeeze(1)
         return sampling.product(self._norm(last, copies.norm), copies.head).repeat_interleave(group, 0)
 
@@ -244,9 +251,8 @@ class Sampler:
             q = qkv[:, :shape.heads].unflatten(1, (kv, -1))
             out = self._attend(q, cache[:, :kv, :width], cache[:, kv:, :width], bias)
             x.addmm_(out.reshape(state.rows, -1), layer.o.t())
-            x.add_(self._mlp(self._norm(x, layer.mlp_norm), layer))
+            x.addmm_(self._gated(self._norm(x, layer.mlp_norm), layer), layer.down.t())
         self._choose(state, sampling.product(self._norm(x, copies.norm), copies.head))
-        state.slot.add_(1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         """q (B, kv_heads, heads a key, size), k and v (B, kv_heads, width, size), bias (B, 1, 1, width)."""
@@ -259,22 +265,20 @@ class Sampler:
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.policy.shape.norm_eps)
 
-    def _mlp(self, x: Tensor, layer: _Layer) -> Tensor:
+    def _gated(self, x: Tensor, layer: _Layer) -> Tensor:
         gate, up = F.linear(x, layer.gate_up).chunk(2, -1)
-        return F.linear(F.silu(gate).mul_(up), layer.down)
+        return F.silu(gate).mul_(up)
 
     def _choose(self, state: _State, logits: Tensor):
-        """Draw the next token from logits (B, V) and write it down."""
-        temperature = None if state.greedy else state.temperature if state.adjust is None else state.adjust(logits)
-        token, log_prob = sampling.draw(logits, state.uniforms.index_select(1, state.step), temperature,
-                                        state.top_p if state.nucleus else None)
-        token = torch.where(state.alive, token, state.pad)
+        """Draw the next token from logits (B, V) and write it down, at `step`; then both places go one further."""
+        heat = {"greedy": 0.0, "unit": None, "scaled": state.temperature}
+        temperature = state.adjust(logits) if state.heat == "adjusted" else heat[state.heat]
+        token, p = sampling.draw(logits, state.uniforms.index_select(1, state.step), temperature,
+                                 state.top_p if state.nucleus else None)
         state.response.index_copy_(1, state.step, token)
-        state.log_prob.index_copy_(1, state.step, torch.where(state.alive, log_prob, 0.0))
-        state.mask.index_copy_(1, state.step, state.alive)
-        state.alive.logical_and_(token != state.eos)
+        state.probability.index_copy_(1, state.step, p)
         state.token.copy_(token.squeeze(-1))
-        state.step.add_(1)
+        state.place.add_(1)
 
 
 def check(policy, prompt: Tensor, steps: int):

@@ -46,17 +46,20 @@ def nucleus(p: Tensor, share: Tensor | float) -> Tensor:
     return torch.where(p >= ranked.gather(-1, last), p, 0.0)
 
 
-def draw(logits: Tensor, uniform: Tensor, temperature: Tensor | None, top_p: Tensor | float | None) -> tuple[Tensor, Tensor]:
-    """Tokens (B, 1) and their log-probabilities (B, 1) under the distribution they were drawn from.
+def draw(logits: Tensor, uniform: Tensor, temperature: Tensor | float | None,
+         top_p: Tensor | float | None) -> tuple[Tensor, Tensor]:
+    """Tokens (B, 1) and their probabilities (B, 1) under the distribution they were drawn from.
 
-    logits (B, V) float32; uniform (B, 1); temperature None: greedy, and the log-probability is that of temperature 1."""
-    if temperature is None:
+    logits (B, V) float32; uniform (B, 1). temperature 0: greedy, and the probability is that of temperature 1; None: 1,
+    without a pass over the logits. top_p None: all of the distribution."""
+    if isinstance(temperature, float) and temperature == 0:
+        p = logits.softmax(-1)
         token = logits.argmax(-1, keepdim=True)
-        return token, logits.gather(-1, token) - logits.logsumexp(-1, keepdim=True)
-    p = (logits / temperature).softmax(-1)
+        return token, p.gather(-1, token)
+    p = (logits if temperature is None else logits / temperature).softmax(-1)
     if top_p is None:
         token = choose(p, uniform)
-        return token, p.gather(-1, token).log_()
+        return token, p.gather(-1, token)
     p = nucleus(p, top_p)
     token = choose(p, uniform)
-    return token, (p.gather(-1, token) / p.sum(-1, keepdim=True)).log_()
+    return token, p.gather(-1, token) / p.sum(-1, keepdim=True)

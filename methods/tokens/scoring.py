@@ -64,7 +64,7 @@ def measured(hidden: Tensor, head: Tensor, target: Tensor, measure: Measure, tem
     Computes in autocast's precision where it is on, else in hidden's; temperature: a number or (n, 1) without gradient."""
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    hidden, head = hidden.to(dtype), head.to(dtype)
+    hidden = hidden.to(dtype)
     chunk = chunk or max(1, ELEMENTS // len(head))
     with torch.autocast(kind, enabled=False):
         if measure is log_prob_and_entropy:
@@ -99,29 +99,31 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head):
         ctx.save_for_backward(hidden, head)
-        return product(hidden, head)
+        return product(hidden, head.to(hidden.dtype))
 
     @staticmethod
     def backward(ctx, gradient):
         hidden, head = ctx.saved_tensors
         gradient = gradient.to(hidden.dtype)
-        return (gradient @ head if ctx.needs_input_grad[0] else None,
+        return (gradient @ head.to(hidden.dtype) if ctx.needs_input_grad[0] else None,
                 _head_gradient(gradient, hidden).to(head.dtype) if ctx.needs_input_grad[1] else None)
 
 
 class _Fast(torch.autograd.Function):
     """log p(target) and the entropy H, chunk by chunk; z: logits divided by the temperature t, p = softmax(z).
 
-    dL/dlogits = (g_lp (onehot - p) - g_H p (log p + H)) / t."""
+    dL/dlogits = (g_lp (onehot - p) - g_H p (log p + H)) / t. The head is cast to hidden's precision for the products only, so
+    that its gradient is summed, and handed on, in its own."""
 
     @staticmethod
     def forward(ctx, hidden, head, target, temperature, chunk, entropy):
-        pieces = []
+        pieces, half = [], head.to(hidden.dtype)
         for i in range(0, max(len(hidden), 1), chunk):
-            z, goal = _scaled(hidden, head, temperature, slice(i, i + chunk)), target[i:i + chunk].unsqueeze(-1)
-            total = z.logsumexp(-1, keepdim=True)
-            log_p = z.sub_(total)
+            z, goal = _scaled(hidden, half, temperature, slice(i, i + chunk)), target[i:i + chunk].unsqueeze(-1)
+            raw, log_p = z.gather(-1, goal), z.log_softmax(-1)
+            del z
             at_goal = log_p.gather(-1, goal)
+            total = raw - at_goal  # the logarithm of the sum, without more passes over the logits
             spread = -(log_p.exp().mul_(log_p)).sum(-1, keepdim=True) if entropy else torch.zeros_like(total)
             pieces.append(torch.cat([at_goal, spread, total], 1))
         at_goal, spread, total = torch.cat(pieces).unbind(-1)
@@ -134,14 +136,14 @@ class _Fast(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_log_prob, g_entropy):
         hidden, head, target, spread, total = (t if t.dim() > 1 else t.unsqueeze(-1) for t in ctx.saved_tensors)
-        none = torch.zeros_like(spread)
+        none, half = torch.zeros_like(spread), head.to(hidden.dtype)
         g_lp = none if g_log_prob is None else g_log_prob.unsqueeze(-1).float() / ctx.temperature
         g_h = g_entropy.unsqueeze(-1).float() / ctx.temperature if ctx.entropy and g_entropy is not None else None
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         to_head = torch.zeros(head.shape, device=head.device) if ctx.needs_input_grad[1] else None
         for i in range(0, len(hidden), ctx.chunk):
             at = slice(i, i + ctx.chunk)
-            log_p = _scaled(hidden, head, ctx.temperature, at).sub_(total[at])
+            log_p = _scaled(hidden, half, ctx.temperature, at).sub_(total[at])
             if g_h is None:
                 slope = log_p.exp_().mul_(-g_lp[at])
             else:
@@ -150,7 +152,7 @@ class _Fast(torch.autograd.Function):
                 del p
             slope = slope.scatter_add_(-1, target[at], g_lp[at]).to(hidden.dtype)
             if to_hidden is not None:
-                to_hidden[at] = slope @ head
+                to_hidden[at] = slope @ half
             if to_head is not None:
                 to_head += _head_gradient(slope, hidden[at])
         return to_hidden, None if to_head is None else to_head.to(head.dtype), None, None, None, None

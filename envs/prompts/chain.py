@@ -1,0 +1,114 @@
+"""Chains of arithmetic of variable length: one right answer, difficulty that grows with the number of steps.
+
+    prompt "  12+7*3-9=" (spaces up to a fixed width)    response "12+7=19;19*3=57;57-9=48."
+
+The first number is 1 to 99; operators + - with 1 to 9 and * with 2 to 9 are drawn such that every value stays in 0 .. 999;
+evaluation is from left to right. The number of steps is uniform in least_steps .. most_steps. In demonstrations a result is
+replaced, with probability `p_err`, by another number of as many digits from which the rest of the chain stays in range; the
+steps after it go on from the number that is shown. The verifier reads the ending alone: "=", a number, ".".
+
+For a card: provides prompts, demonstrations. The project's own; for methods that weigh problems by difficulty or lengths by
+need. Gold metrics: accuracy, accuracy by number of steps.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+
+from envs.prompts.task import Drawn, Problem, Task, Verdict
+from runner.errors import UserError
+
+APPLY = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+MOST, KINDS = 999, 20  # the greatest value; prompts by checksum: 0 held out, else training
+NUMBER = "(?:0|[1-9][0-9]{0,2})"
+ENDING, STEPS = re.compile(rf"=({NUMBER})\.\Z"), re.compile(rf"{NUMBER}[-+*][1-9]={NUMBER}")
+START, PARTS = re.compile("[0-9]+"), re.compile("([-+*])([1-9])")
+
+
+class Chain(Task):
+    alphabet, eos = "0123456789+-*=;. ", "."
+
+    def __init__(self, least_steps: int = 2, most_steps: int = 5, p_err: float = 0.1, held_out: int = 256, seed: int = 0):
+        if not 1 <= least_steps <= most_steps or not 0 <= p_err <= 1 or held_out < 1:
+            raise UserError("chain: 1 <= least_steps <= most_steps, p_err between 0 and 1, held_out at least 1")
+        self.least, self.most, self.p_err, self.size, self.seed = least_steps, most_steps, p_err, held_out, seed
+        self.prompt_length = 2 + 2 * most_steps + 1
+        self.response_length = 10 * most_steps  # "999-9=990;"
+
+    def make(self, rng):
+        start, number = rng.randint(1, 99), rng.randint(self.least, self.most)
+        reached, text = start, str(start)
+        for _ in range(number):
+            op, d = rng.choice([(op, d) for op in "+-*" for d in range(1 + (op == "*"), 10)
+                                if 0 <= APPLY[op](reached, d) <= MOST])
+            reached, text = APPLY[op](reached, d), text + f"{op}{d}"
+        return Problem((text + "=").rjust(self.prompt_length), reached)
+
+    def train(self):
+        return Drawn(self.make, f"{self.seed}/train", accept=lambda p: self.kind(p) > 0)
+
+    def held_out(self):
+        return Drawn(self.make, f"{self.seed}/held out", self.size, lambda p: self.kind(p) == 0)
+
+    def kind(self, problem) -> int:
+        return zlib.crc32(f"{self.seed}/{problem.prompt}".encode()) % KINDS
+
+    @staticmethod
+    def steps(problem) -> tuple[int, list[tuple[str, int]]]:
+        """(the first number, the operators with their numbers)"""
+        start = START.search(problem.prompt)
+        return int(start[0]), [(op, int(d)) for op, d in PARTS.findall(problem.prompt[start.end():])]
+
+    def verify(self, problem, response):
+        if not (ending := ENDING.search(response)):
+            return Verdict(0.0, None, 0.0)
+        steps = response[:-1].split(";", self.most)
+        formed = len(steps) == len(self.steps(problem)[1]) and all(map(STEPS.fullmatch, steps))
+        return Verdict(float(int(ending[1]) == problem.answer), ending[1], float(formed))
+
+    def demonstrate(self, problem, rng):
+        reached, steps = self.steps(problem)
+        written = []
+        for i, (op, d) in enumerate(steps):
+            result = APPLY[op](reached, d)
+            if rng.random() < self.p_err:
+                places = len(str(result))
+                other = rng.randrange(10 ** (places - 1) if places > 1 else 0, 10 ** places - 1)
+                other += other >= result
+                result = other if stays(other, steps[i + 1:]) else result
+            written.append(f"{reached}{op}{d}={result}")
+            reached = result
+        return ";".join(written) + "."
+
+    def valid_next(self, problem, prefix):
+        """As many steps as the prompt has, numbers up to three digits without leading zeros."""
+        *full, last = prefix.split(";")
+        number = len(self.steps(problem)[1])
+        if len(full) >= number or not all(map(STEPS.fullmatch, full)):
+            return ""
+        left, equals, right = last.partition("=")
+        if equals:
+            if not re.fullmatch(f"{NUMBER}[-+*][1-9]", left):
+                return ""
+            return self.digits(right, ";" if len(full) + 1 < number else ".")
+        if re.fullmatch(f"{NUMBER}[-+*]", last):
+            return "23456789" if last[-1] == "*" else "123456789"
+        return "=" if re.fullmatch(f"{NUMBER}[-+*][1-9]", last) else self.digits(last, "+-*")
+
+    @staticmethod
+    def digits(begun: str, then: str) -> str:
+        """What can follow within a number, or after it."""
+        if not begun:
+            return "0123456789"
+        if not re.fullmatch(NUMBER, begun):
+            return ""
+        return then + "0123456789" * (begun != "0" and len(begun) < 3)
+
+
+def stays(reached: int, steps) -> bool:
+    for op, d in steps:
+        reached = APPLY[op](reached, d)
+        if not 0 <= reached <= MOST:
+            return False
+    return True
