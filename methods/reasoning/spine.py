@@ -103,6 +103,6 @@ class SPINE(TTRL):
             return penalty
         low, high = self.band_edges
         entropy = rows.now["entropy"]
-        outside = (low - entropy).clamp(min=0.0) + (entropy - high).clamp(min=0.0)
+        outside = (low - entropy).relu() + (entropy - high).relu()
         outside = outside.square() if c.band == "squared" else outside
         return plus(penalty, c.band_weight * (outside * rows.fork).sum() / rows.fork_tokens.clamp(min=1))
