@@ -116,7 +116,7 @@ class AEPO(GroupPolicy):
         return told
 
     def measures_more(self):
-        return self.config.variant == "blend"
+        return self.config.variant == "blend" or super().measures_more()
 
     def observe(self, batch, old):
         super().observe(batch, old)

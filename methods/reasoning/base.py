@@ -115,8 +115,9 @@ class GroupPolicy(TokenMethod):
         return self.measure if self.measures_more() else log_prob_and_entropy
 
     def measures_more(self) -> bool:
-        """Whether `measure` has more to tell at these settings than the base; a method that is its baseline at some says so."""
-        return type(self).measure is not GroupPolicy.measure
+        """Whether `measure` has more to tell at these settings than the base; a method that is its baseline at some says so, and
+        otherwise asks super(), since it may be combined with another."""
+        return any("measure" in vars(c) and "measures_more" not in vars(c) for c in type(self).__mro__)
 
     def split(self, batch) -> list[Tensor]:
         """Rows of every minibatch; groups stay whole."""

@@ -46,7 +46,7 @@ class LpReg(GroupPolicy):
     class Config(GroupPolicy.Config):
         share: float = knob(0.01, "of the tokens with a negative advantage that are looked at; 0: none", low=0.0, high=1.0,
                             source="paper")
-        beta: float = knob(1.0, "weight of the pull to the proxy", low=0.0, source="paper", when={"share": 0.3})
+        pull: float = knob(1.0, "beta: weight of the pull to the proxy", low=0.0, source="paper", when={"share": 0.3})
         proxy: str = knob("min_p", "what the proxy keeps: tokens above a share of the highest probability, or above a fixed one",
                           choices=["min_p", "fixed"], when={"share": 0.3, "kappa": 0.2})
         kappa: float = knob(0.02, "that share", low=0.0, high=1.0, source="paper", when={"share": 0.3})
@@ -63,7 +63,7 @@ class LpReg(GroupPolicy):
         return told
 
     def measures_more(self):
-        return self.config.share > 0
+        return self.config.share > 0 or super().measures_more()
 
     @torch.no_grad()
     def endangered(self, rows, proxy: Tensor) -> Tensor:
@@ -81,4 +81,4 @@ class LpReg(GroupPolicy):
         chosen = self.endangered(rows, proxy)
         rows.told["pulled"] = (chosen * rows.mask).sum() / rows.mask.sum()
         pull = kl(rows.log_prob, proxy, "k3", c.pull_cap)
-        return torch.where(chosen, -rows.advantage * rows.ratio + c.beta * pull, loss)
+        return torch.where(chosen, -rows.advantage * rows.ratio + c.pull * pull, loss)

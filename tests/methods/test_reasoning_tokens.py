@@ -71,7 +71,7 @@ def test_other_tokens_keep_the_clipped_loss_and_chosen_ones_lose_it():
     lp = torch.full((1, 4), -3.0).add(torch.tensor([0.5, 0.5, -0.5, -0.5])).requires_grad_()
     rows = rows_of(lp, torch.full((1, 4), -3.0), advantage=[[-1, 1, -1, -1.0]])
     rows.old["proxy"] = torch.full((1, 4), -3.0)
-    ours, base = method(LpReg, share=1.0, beta=2.0).surrogate(rows), method(GroupPolicy).surrogate(rows)
+    ours, base = method(LpReg, share=1.0, pull=2.0).surrogate(rows), method(GroupPolicy).surrogate(rows)
     assert torch.equal(ours[0, :2], base[0, :2])
     rho, d = lp.detach()[0, 2:].add(3.0).exp(), 0.5
     assert ours[0, 2:].tolist() == pytest.approx((rho + 2.0 * (torch.tensor(d).exp() - d - 1)).tolist())
