@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from methods.tokens.engine import Sampler
+from methods.tokens.graphed import Graphed
 from methods.tokens.scoring import log_prob_and_entropy, score
 from runner.errors import UserError
 from runner.interface import Method, Spec, knob
@@ -56,7 +57,7 @@ class TokenMethod(Method):
         self.policy, self.tokenizer = self.blueprint.build(spec)
         self.reference = copy.deepcopy(self.policy).requires_grad_(False) \
             if self.needs_reference() and not hasattr(self.policy, "adapters_off") else None
-        self._sampler = None
+        self._sampler, self._graphed = None, None
 
     def needs_reference(self) -> bool:
         """Whether the policy as it was at the start is asked for its log-probabilities."""
@@ -137,10 +138,11 @@ class TokenMethod(Method):
         return Completions(decoded, prompt.repeat_interleave(samples, 0), prompt_mask.repeat_interleave(samples, 0),
                            out.response, out.mask, out.log_prob)
 
-    def score(self, rows: dict[str, Tensor], measure=log_prob_and_entropy, temperature: float = 1.0, policy=None) -> dict:
+    def score(self, rows: dict[str, Tensor], measure=log_prob_and_entropy, temperature: float = 1.0, policy=None,
+              trunk=None) -> dict[str, Tensor]:
         """rows: prompt, prompt_mask, response, mask -> what `measure` tells of every response token, each (b, T)."""
         return score(policy or self.policy, rows["prompt"], rows["prompt_mask"], rows["response"], rows["mask"].bool(),
-                     measure, temperature)
+                     measure, temperature, trunk=trunk)
 
     @torch.no_grad()
     def score_reference(self, rows: dict[str, Tensor], temperature: float = 1.0) -> dict:
@@ -170,7 +172,10 @@ class TokenMethod(Method):
         for p in parameters:
             p.grad = None
         if not c.micro_rows or c.micro_rows >= number:
-            value = loss(self.score(rows, measure, temperature))
+            if self._graphed is None:
+                self._graphed = Graphed(self.policy)
+            trunk = self._graphed.trunk(number, rows["prompt"].shape[1] + rows["response"].shape[1])
+            value = loss(self.score(rows, measure, temperature, trunk=trunk))
             self.engine.backward(value)
         else:
             parts = torch.arange(number, device=self.device()).split(c.micro_rows)

@@ -36,19 +36,20 @@ Measure = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 def score(policy, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: Tensor,
           measure: Measure = log_prob_and_entropy, temperature: float | Tensor = 1.0,
-          chunk: int | None = None) -> dict[str, Tensor]:
+          chunk: int | None = None, trunk=None) -> dict[str, Tensor]:
     """What `measure` says of every response token, (b, T) float32 each; 0 off the mask.
 
     prompt, prompt_mask (b, Tp), padded on the left, no row empty; response, mask (b, T), padded on the right. `measure` gets
     logits (n, V) float32, divided by the temperature (a number, or a tensor like response), and targets (n,). chunk: positions
-    whose logits exist at once. Waits for the device (how many positions there are decides shapes)."""
+    whose logits exist at once. trunk: ids -> hidden in the place of the policy's, for the whole width (graphed.py).
+    Waits for the device (how many positions there are decides shapes)."""
     whole = torch.cat([prompt_mask, mask], 1)
     packed, _ = pack(torch.cat([prompt, response], 1), whole)
-    longest = int(whole.sum(-1).max())
+    longest = whole.shape[1] if trunk else int(whole.sum(-1).max())
     picked = mask.flatten().nonzero().squeeze(-1)  # among the b * T tokens of responses
     place = whole.cumsum(-1)[:, prompt.shape[1]:] - 2  # of the token before, which predicts this one
     row = torch.arange(len(mask), device=mask.device).unsqueeze(-1) * longest
-    hidden = policy.packed(packed[:, :longest]).flatten(0, 1).index_select(0, (place + row).flatten()[picked])
+    hidden = (trunk or policy.packed)(packed[:, :longest]).flatten(0, 1).index_select(0, (place + row).flatten()[picked])
     target = response.flatten()[picked]
     if isinstance(temperature, Tensor):
         temperature = temperature.expand(response.shape).flatten()[picked].unsqueeze(-1).float()
