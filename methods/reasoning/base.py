@@ -80,8 +80,8 @@ class GroupPolicy(TokenMethod):
         """batch: see envs/prompts/base.py."""
         c = self.config
         batch = {**batch, "mask": batch["mask"].float()}
-        batch["reward"] = self.reward(batch)
         self.told: dict[str, Tensor] = {}
+        batch["reward"] = self.reward(batch)
         first = c.minibatches > 1 or self.looks_first
         old = self.measured(batch) if first else {}  # else the step's own forward pass tells
         if self.needs_reference():
@@ -115,8 +115,9 @@ class GroupPolicy(TokenMethod):
         return self.measure if self.measures_more() else log_prob_and_entropy
 
     def measures_more(self) -> bool:
-        """Whether `measure` has more to tell at these settings than the base; a method that is its baseline at some says so."""
-        return type(self).measure is not GroupPolicy.measure
+        """Whether `measure` has more to tell at these settings than the base; a method that is its baseline at some says so, and
+        otherwise asks super(), since it may be combined with another."""
+        return any("measure" in vars(c) and "measures_more" not in vars(c) for c in type(self).__mro__)
 
     def split(self, batch) -> list[Tensor]:
         """Rows of every minibatch; groups stay whole."""
