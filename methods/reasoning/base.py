@@ -167,14 +167,14 @@ class GroupPolicy(TokenMethod):
         """Metrics of a minibatch."""
         low = (rows.ratio < 1 - rows.low) & (rows.advantage < 0)
         high = (rows.ratio > 1 + rows.high) & (rows.advantage > 0)
-        share = rows.mask / rows.mask.sum().clamp(min=1)
+        share = rows.mask / rows.tokens.clamp(min=1)
         rows.told |= {"policy_loss": value.detach(), "clip_low": (low * share).sum(), "clip_high": (high * share).sum(),
                       "ratio": (rows.ratio.detach() * share).sum()}
 
     def summary(self, batch, old) -> dict[str, Tensor]:
         """Metrics of the whole batch of rollouts."""
         mask = batch["mask"]
-        share = mask / mask.sum().clamp(min=1)
+        share = mask / self.engine.mean(mask.sum()).clamp(min=1)
         _, deviation, _ = self.compare(batch["reward"], batch)
         out = {"reward": self.each(batch["reward"], batch).mean(), "correct": self.each(batch["correct"], batch).mean(),
                "format": batch["format"].mean(), "length": batch["length"].mean(), "entropy": (old["entropy"] * share).sum(),
