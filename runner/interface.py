@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from runner.draws import Draws
+from runner.errors import UserError
 from runner.knobs import knob  # noqa: F401  (methods and worlds import it from here)
 from runner.places import data_root, minari_root, own_id  # noqa: F401
 
@@ -152,6 +153,10 @@ class Method(nn.Module):
     def export(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """(tensors, description) of what is used after training: no optimisers, no targets."""
         return dict(self.state_dict()), {"kind": "state_dict"}
+
+    def export_folder(self, folder: Path):
+        """Write what is used after training into the empty `folder`, in a layout that other programs read."""
+        raise UserError("this method has no layout of several files; write: --to FILE.safetensors")
 
     # -- what it may use
     def noise(self, name: str, shape: tuple[int, ...], kind: str = "normal") -> Tensor:

@@ -158,6 +158,7 @@ class PromptWorld(World):
         "pass_1": Metric("max", "", "share of sampled responses that are correct"),
         "pass_4": Metric("max", "", "unbiased pass@4: a correct one among 4"),
         "pass_16": Metric("max", "", "unbiased pass@16"),
+        "pass_area": Metric("max", "", "mean of pass@1, 2, 4, 8, 16: the area under pass@k over log k"),
         "maj_8": Metric("max", "", "the most common answer of 8 is correct"),
         "greedy": Metric("max", "", "share of greedy responses that are correct"),
         "coverage": Metric("max", "solutions", "distinct correct responses among 16, a prompt"),
@@ -253,7 +254,10 @@ class PromptWorld(World):
         groups = [verdicts[i * n:(i + 1) * n] for i in range(len(problems))]
         correct = [sum(v.correct > 0 for v in g) for g in groups]
         figures = {"pass_1": sum(correct) / len(texts)}
-        figures |= {f"pass_{k}": sum(pass_at(n, c, k) for c in correct) / len(correct) for k in (4, 16) if k <= n}
+        at = {k: sum(pass_at(n, c, k) for c in correct) / len(correct) for k in (1, 2, 4, 8, 16) if k <= n}
+        figures |= {f"pass_{k}": at[k] for k in (4, 16) if k in at}
+        if len(at) == 5:  # neither a sharp policy nor a broad one that never learned has the best of it
+            figures["pass_area"] = sum(at.values()) / 5
         if n >= 8:
             figures["maj_8"] = sum(majority(g, 8, seed + i) for i, g in enumerate(groups)) / len(groups)
         figures["coverage"] = sum(len({c for t, v in zip(texts[i * n:i * n + min(n, 16)], g) if v.correct

@@ -80,8 +80,8 @@ class GroupPolicy(TokenMethod):
         """batch: see envs/prompts/base.py."""
         c = self.config
         batch = {**batch, "mask": batch["mask"].float()}
-        batch["reward"] = self.reward(batch)
         self.told: dict[str, Tensor] = {}
+        batch["reward"] = self.reward(batch)
         first = c.minibatches > 1 or self.looks_first
         old = self.measured(batch) if first else {}  # else the step's own forward pass tells
         if self.needs_reference():
@@ -115,8 +115,9 @@ class GroupPolicy(TokenMethod):
         return self.measure if self.measures_more() else log_prob_and_entropy
 
     def measures_more(self) -> bool:
-        """Whether `measure` has more to tell at these settings than the base; a method that is its baseline at some says so."""
-        return type(self).measure is not GroupPolicy.measure
+        """Whether `measure` has more to tell at these settings than the base; a method that is its baseline at some says so, and
+        otherwise asks super(), since it may be combined with another."""
+        return any("measure" in vars(c) and "measures_more" not in vars(c) for c in type(self).__mro__)
 
     def split(self, batch) -> list[Tensor]:
         """Rows of every minibatch; groups stay whole."""
@@ -166,14 +167,14 @@ class GroupPolicy(TokenMethod):
         """Metrics of a minibatch."""
         low = (rows.ratio < 1 - rows.low) & (rows.advantage < 0)
         high = (rows.ratio > 1 + rows.high) & (rows.advantage > 0)
-        share = rows.mask / rows.mask.sum().clamp(min=1)
+        share = rows.mask / rows.tokens.clamp(min=1)
         rows.told |= {"policy_loss": value.detach(), "clip_low": (low * share).sum(), "clip_high": (high * share).sum(),
                       "ratio": (rows.ratio.detach() * share).sum()}
 
     def summary(self, batch, old) -> dict[str, Tensor]:
         """Metrics of the whole batch of rollouts."""
         mask = batch["mask"]
-        share = mask / mask.sum().clamp(min=1)
+        share = mask / self.engine.mean(mask.sum()).clamp(min=1)
         _, deviation, _ = self.compare(batch["reward"], batch)
         out = {"reward": self.each(batch["reward"], batch).mean(), "correct": self.each(batch["correct"], batch).mean(),
                "format": batch["format"].mean(), "length": batch["length"].mean(), "entropy": (old["entropy"] * share).sum(),

@@ -39,3 +39,10 @@ def join(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         answers += int(batch["answer"].max()) + 1
         units += int(batch["unit"].max()) + 1 if "unit" in batch else 0
     return {k: torch.cat(v) for k, v in out.items()}
+
+
+def votes(answer: Tensor, group: Tensor) -> Tensor:
+    """How many rows of the same group have the same answer, itself included (B,); those without one (-1) are one class."""
+    pairs = group * (answer.max() + 2) + answer + 1
+    _, number, count = torch.unique(pairs, return_inverse=True, return_counts=True)
+    return count[number]

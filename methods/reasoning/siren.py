@@ -72,7 +72,7 @@ class SIREN(GroupPolicy):
         return told
 
     def measures_more(self):
-        return self.config.beta > 0
+        return self.config.beta > 0 or super().measures_more()
 
     def level(self, entropies: dict[str, Tensor], mask: Tensor) -> Tensor:
         """Hbar of some rows."""

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from methods.tokens import checkpoint, lora
 from methods.tokens.engine import Sampler
 from methods.tokens.graphed import Graphed
 from methods.tokens.scoring import log_prob_and_entropy, score
@@ -56,7 +57,7 @@ class TokenMethod(Method):
         self.spec = spec
         self.policy, self.tokenizer = self.blueprint.build(spec)
         self.reference = copy.deepcopy(self.policy).requires_grad_(False) \
-            if self.needs_reference() and not hasattr(self.policy, "adapters_off") else None
+            if self.needs_reference() and not lora.adapted(self.policy) else None
         self._sampler, self._graphed = None, None
 
     def needs_reference(self) -> bool:
@@ -147,8 +148,7 @@ class TokenMethod(Method):
     @torch.no_grad()
     def score_reference(self, rows: dict[str, Tensor], temperature: float = 1.0) -> dict:
         """log_prob and entropy (b, T) of the policy as it was at the start."""
-        off = contextlib.nullcontext() if self.reference is not None else self.policy.adapters_off()
-        with off:
+        with contextlib.nullcontext() if self.reference is not None else lora.reference(self.policy):
             return self.score(rows, temperature=temperature, policy=self.reference)
 
     # -- one step of the optimiser
@@ -209,3 +209,7 @@ class TokenMethod(Method):
 
     def export(self):
         return dict(self.policy.state_dict()), {"kind": "transformer"}
+
+    def export_folder(self, folder):
+        """In Hugging Face's layout, adapters merged: transformers and policy=hf read it."""
+        checkpoint.save(self.policy, folder)
