@@ -353,6 +353,13 @@ def test_several_processes_play_what_one_would_and_a_stop_changes_nothing():
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
+@pytest.mark.parametrize("name", [m.name for m in BOOK.all("method") if "prompts" in m.needs])
+def test_every_method_learns_from_turns(name):
+    method, _, stream = assembled(f"method={name}", "env=key_door", "env.limit=4", "method.prompts=2", "method.samples=2")
+    told = method.update(stream.next())
+    assert told["turns"] == 4 and all(torch.isfinite(v) for v in told.values())
+
+
 def test_rewards_are_compared_over_episodes():
     """Group 0: episodes of 3, 1 and 2 turns with rewards 1, 0, 0 (one of them with an invalid text); group 1: all equal."""
     value = torch.tensor([1.0, 1, 1, 0, 0, -0.1, 0.3, 0.3, 0.3])
