@@ -26,8 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from envs.prompts.base import Prompts, PromptWorld, pass_at
-from methods.tokens.base import Completions
-from runner.interface import Metric
+from runner.interface import Completions, Metric
 
 
 class Turn(NamedTuple):
