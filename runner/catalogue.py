@@ -97,7 +97,8 @@ class Catalogue:
         return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
 
     def get(self, kind: str, name: str) -> Entry:
-        """The entry called `name`; `family/name` means the same."""
+        """The entry called `name`; `family/name` means the same. `name:value` sets the knob that its card's `argument` names."""
+        name, colon, value = str(name).partition(":")
         family, _, short = str(name).rpartition("/")
         found = self.paths[kind].get(short)
         if found is None or (family and family != found[1]):
@@ -105,7 +106,14 @@ class Catalogue:
         key = (kind, short)
         if key not in self._entries:
             self._entries[key] = _entry(found[0], kind, found[1], found[2])
-        return self._entries[key]
+        entry = self._entries[key]
+        if not colon:
+            return entry
+        knob = entry.card.get("argument")
+        if not knob or not value:
+            raise UserError(f"{kind} '{name}' " + (f"is followed by a {knob}: {name}:{knob.upper()}" if knob else
+                            f"takes nothing after a colon; write {kind}={name}"))
+        return entry._replace(values={**entry.values, knob: value})
 
     def all(self, kind: str) -> list[Entry]:
         return [self.get(kind, n) for n in self.names(kind)]

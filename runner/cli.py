@@ -448,14 +448,15 @@ def _export(words, options) -> int:
     from runner import record, run
 
     if len(words) != 1 or "to" not in options:
-        raise UserError("write: python -m runner export RUN --to FILE.safetensors")
+        raise UserError("write: python -m runner export RUN --to FILE.safetensors, or --to FOLDER for a language model in "
+                        "Hugging Face's layout")
     target = Path(options["to"])
-    if target.suffix != ".safetensors":
-        raise UserError(f"--to {target}: the file must end in .safetensors")
+    if target.suffix not in (".safetensors", ""):
+        raise UserError(f"--to {target}: the file must end in .safetensors (or name a folder)")
+    if not target.suffix and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--to {target}: there is something already; name a new folder")
     folder = record.find(words[0], _runs(options))
     _, method, _ = run.load_run(folder, _book(options))
-    from safetensors.torch import save_file
-
     tensors, description = method.export()
     info = record.Record(folder).read()
     command = shlex.join(w for w in shlex.split(info["command"]) if not w.startswith("runs="))  # where it lay is nobody's
@@ -465,6 +466,14 @@ def _export(words, options) -> int:
                   **{k: info.get(k) for k in ("commit", "dirty", "seed", "metrics", "references", "versions", "device",
                                               "finished")},
                   "config": config, "description": description}
+    if not target.suffix:
+        method.export_folder(target)
+        (target / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
+        files = list(target.iterdir())
+        print(f"{target} ({sum(f.stat().st_size for f in files) / 1000:,.0f} kB in {len(files)} files)")
+        return 0
+    from safetensors.torch import save_file
+
     target.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, target, metadata=description)
     target.with_suffix(".json").write_text(json.dumps(provenance, indent=1) + "\n")

@@ -87,6 +87,8 @@ def compose(words: list[str], book: catalogue.Catalogue) -> Job:
     for entry in [policy, *methods] if policy else methods:
         weak += [f"++{k}={json.dumps(v)}" for k, v in entry.sizes.get(size, {}).items()]
     strong = []
+    if ":" in chosen["env"]:  # env=NAME:VALUE
+        strong.append(f"++env.{env.card['argument']}={json.dumps(env.values[env.card['argument']])}")
     for (key, value), word in zip(given, words):
         bare = key.lstrip("+~")
         if bare in catalogue.KINDS:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from runner.draws import Draws
+from runner.errors import UserError
 from runner.knobs import knob  # noqa: F401  (methods and worlds import it from here)
 from runner.places import data_root, minari_root, own_id  # noqa: F401
 
@@ -36,6 +37,7 @@ class Spec:
     end: str | None = None                # the character that ends a response, part of it
     prompt_length: int | None = None      # most tokens of a prompt, and of a response; characters where the alphabet counts
     response_length: int | None = None
+    turns: int | None = None              # most turns of an episode, where a prompt and its response are one of several
     seeds: int | None = None              # seeds trained at once: a leading axis of every tensor; None: no such axis
 
 
@@ -151,6 +153,10 @@ class Method(nn.Module):
     def export(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """(tensors, description) of what is used after training: no optimisers, no targets."""
         return dict(self.state_dict()), {"kind": "state_dict"}
+
+    def export_folder(self, folder: Path):
+        """Write what is used after training into the empty `folder`, in a layout that other programs read."""
+        raise UserError("this method has no layout of several files; write: --to FILE.safetensors")
 
     # -- what it may use
     def noise(self, name: str, shape: tuple[int, ...], kind: str = "normal") -> Tensor:

@@ -149,12 +149,15 @@ class PromptWorld(World):
         rows: int = knob(128, "demonstrations a batch", low=1)
         eval_prompts: int = knob(196, "held-out prompts that are evaluated", low=1)
         eval_samples: int = knob(32, "responses to each of them, at temperature 1", low=1)
+        judged: str = knob("held_out", "what is evaluated: held-out prompts, or the pool that test-time training adapts to",
+                           choices=["held_out", "unlabelled"])
         response_length: int = knob(0, "most tokens of a response; 0: the task's own", low=0)
 
     metrics = {
         "pass_1": Metric("max", "", "share of sampled responses that are correct"),
         "pass_4": Metric("max", "", "unbiased pass@4: a correct one among 4"),
         "pass_16": Metric("max", "", "unbiased pass@16"),
+        "pass_area": Metric("max", "", "mean of pass@1, 2, 4, 8, 16: the area under pass@k over log k"),
         "maj_8": Metric("max", "", "the most common answer of 8 is correct"),
         "greedy": Metric("max", "", "share of greedy responses that are correct"),
         "coverage": Metric("max", "solutions", "distinct correct responses among 16, a prompt"),
@@ -224,8 +227,12 @@ class PromptWorld(World):
     # -- gold metrics
     def evaluate(self, method, seed):
         """Held-out prompts, `eval_samples` responses each at temperature 1, and one greedy."""
-        problems = [p for p, _ in zip(self.task.held_out(), range(self.config.eval_prompts))]
-        return self.assess(method, seed, problems)
+        pool = self.task.held_out() if self.config.judged == "held_out" else self.task.unlabelled()
+        return self.assess(method, seed, [p for p, _ in zip(pool, range(self.config.eval_prompts))])
+
+    def details(self, problems: list[Problem], responses: list[list[tuple[str, Verdict]]]) -> dict[str, float]:
+        """Further gold metrics from the responses to each problem and their verdicts. What nothing was seen of is left out."""
+        return {}
 
     def assess(self, method, seed: int, problems: list[Problem]) -> dict[str, float]:
         n, width = self.config.eval_samples, method.response_length()
@@ -241,7 +248,10 @@ class PromptWorld(World):
         groups = [verdicts[i * n:(i + 1) * n] for i in range(len(problems))]
         correct = [sum(v.correct > 0 for v in g) for g in groups]
         figures = {"pass_1": sum(correct) / len(texts)}
-        figures |= {f"pass_{k}": sum(pass_at(n, c, k) for c in correct) / len(correct) for k in (4, 16) if k <= n}
+        at = {k: sum(pass_at(n, c, k) for c in correct) / len(correct) for k in (1, 2, 4, 8, 16) if k <= n}
+        figures |= {f"pass_{k}": at[k] for k in (4, 16) if k in at}
+        if len(at) == 5:  # neither a sharp policy nor a broad one that never learned has the best of it
+            figures["pass_area"] = sum(at.values()) / 5
         if n >= 8:
             figures["maj_8"] = sum(majority(g, 8, seed + i) for i, g in enumerate(groups)) / len(groups)
         figures["coverage"] = sum(len({c for t, v in zip(texts[i * n:i * n + min(n, 16)], g) if v.correct
@@ -249,6 +259,7 @@ class PromptWorld(World):
                                   for i, g in enumerate(groups)) / len(groups)
         figures["format"] = sum(v.format for v in verdicts) / len(verdicts)
         figures |= self._tokens(method, parts)
+        figures |= self.details(problems, [list(zip(texts[i * n:(i + 1) * n], g)) for i, g in enumerate(groups)])
         greedy = method.complete([p.prompt for p in problems], 1, uniforms[:len(problems)].to(method.device()), 0.0, fresh=False)
         figures["greedy"] = sum(self.judge(p, t).correct for p, t in zip(problems, greedy.texts)) / len(problems)
         return figures
@@ -273,6 +284,17 @@ class PromptWorld(World):
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------------
+
+def share(values) -> float | None:
+    """The mean of some numbers or truths; None of nothing."""
+    values = [float(v) for v in values]
+    return sum(values) / len(values) if values else None
+
+
+def known(**figures: float | None) -> dict[str, float]:
+    """The figures that are there."""
+    return {k: v for k, v in figures.items() if v is not None}
+
 
 def pass_at(samples: int, correct: int, k: int) -> float:
     """Unbiased pass@k from `samples` responses of which `correct` are: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021)."""

@@ -13,11 +13,14 @@ need. Gold metrics: accuracy, accuracy by number of steps.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import zlib
 
+from envs.prompts.base import PromptWorld, known, share
 from envs.prompts.task import Drawn, Problem, Task, Verdict
 from runner.errors import UserError
+from runner.interface import Metric, knob
 
 APPLY = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 MOST, KINDS = 999, 20  # the greatest value; prompts by checksum: 0 held out, else training
@@ -112,3 +115,28 @@ def stays(reached: int, steps) -> bool:
         if not 0 <= reached <= MOST:
             return False
     return True
+
+
+class ChainWorld(PromptWorld):
+    @dataclasses.dataclass(frozen=True)
+    class Config(PromptWorld.Config):
+        least_steps: int = knob(2, "steps of the shortest chains", low=1)
+        most_steps: int = knob(5, "steps of the longest", low=1)
+        p_err: float = knob(0.1, "probability that a step of a demonstration shows a wrong result", low=0.0, high=1.0)
+
+    metrics = {
+        **PromptWorld.metrics,
+        "pass_1_short": Metric("max", "", "share of correct responses to the shortest chains"),
+        "pass_1_long": Metric("max", "", "share of correct responses to the longest"),
+    }
+
+    def make_task(self):
+        c = self.config
+        return Chain(c.least_steps, c.most_steps, c.p_err)
+
+    def details(self, problems, responses):
+        def correct(steps):
+            return share(v.correct > 0 for problem, some in zip(problems, responses) for _, v in some
+                         if len(Chain.steps(problem)[1]) == steps)
+
+        return known(pass_1_short=correct(self.task.least), pass_1_long=correct(self.task.most))

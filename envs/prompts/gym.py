@@ -18,12 +18,15 @@ import collections
 import contextlib
 import dataclasses
 import io
+import json
 import re
 import string
 import warnings
 
+from envs.prompts.base import PromptWorld, known, share
 from envs.prompts.task import WRONG, Problem, Task, Verdict
 from runner.errors import UserError, unknown
+from runner.interface import Metric, knob
 
 END = "\x03"
 PRINTABLE = "".join(c for c in string.printable if c.isprintable()) + "\n"
@@ -158,3 +161,36 @@ def dataset(family: str, options: dict, seed: int, size: int):
     except Exception as error:  # each family checks its options in its own way
         raise UserError(f"reasoning_gym:{family} refuses {size} problems with options {options}: {error}\n"
                         f"change their number (train, held_out) or the options: {', '.join(known)}") from None
+
+
+def option(text: str):
+    """"NAME:VALUE" -> (NAME, VALUE as json reads it, else the text)"""
+    name, colon, value = text.partition(":")
+    if not colon:
+        raise UserError(f"env.options: '{text}' is not NAME:VALUE\nfor example env.options=[min_terms:2,max_terms:3]")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+class GymWorld(PromptWorld):
+    @dataclasses.dataclass(frozen=True)
+    class Config(PromptWorld.Config):
+        family: str = knob("chain_sum", "task family; also env=reasoning_gym:FAMILY")
+        options: tuple[str, ...] = knob((), "of the family's own settings, each NAME:VALUE")
+        prompt_length: int = knob(0, "most characters of a prompt; 0: those of the longest of the first problems", low=0)
+        problems: int = knob(20000, "problems for training", low=1)
+        scored: bool = knob(False, "the family's graded score is rewarded instead of right and wrong")
+
+    metrics = {**PromptWorld.metrics, "score": Metric("max", "", "mean of the family's graded score")}
+
+    def make_task(self):
+        c = self.config
+        return Gym(c.family, c.prompt_length or None, options=dict(map(option, c.options)), train=c.problems)
+
+    def reward(self, verdict):
+        return (verdict.score or 0.0) if self.config.scored else verdict.correct
+
+    def details(self, problems, responses):
+        return known(score=share(v.score or 0.0 for some in responses for _, v in some))

@@ -18,6 +18,7 @@ return, turns, entropy per turn over the episodes that still run.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 import re
@@ -25,7 +26,9 @@ import zlib
 from typing import NamedTuple
 
 from envs.prompts.task import WRONG, Drawn, Problem, Task, Verdict
+from envs.prompts.turns import TurnWorld
 from runner.errors import UserError
+from runner.interface import knob
 
 MOVES = {"n": (0, -1), "e": (1, 0), "s": (0, 1), "w": (-1, 0)}
 SLOTS, FORM = ("KD?", "nesw", "."), re.compile(r"[KD?][nesw]\.")
@@ -195,3 +198,18 @@ def mixture_success(task: KeyDoor, expert_share: float | None = None) -> tuple[f
                 total, turns = total + both, turns + both * (n + m)
     episodes = len(task.cells) * (len(task.cells) - 1) * (len(task.cells) - 2)
     return total / episodes, turns / max(total, 1e-300)
+
+
+class KeyDoorWorld(TurnWorld):
+    @dataclasses.dataclass(frozen=True)
+    class Config(TurnWorld.Config):
+        size: int = knob(7, "columns and rows of the grid", low=2, high=10)
+        limit: int = knob(24, "turns of an episode at most", low=1)
+        keys: int = knob(1, "keys to fetch", low=1, high=2)
+        partial: bool = knob(False, "coordinates are hidden until the agent has come near")
+        expert_share: float = knob(0.3, "share of demonstrations that move along a shortest path; the others at random", low=0.0,
+                                   high=1.0)
+
+    def make_task(self):
+        c = self.config
+        return KeyDoor(c.size, c.limit, c.keys, c.partial, expert_share=c.expert_share)

@@ -23,13 +23,16 @@ TTRL (2504.16084), SPINE (2511.17938), COPO and APO. Gold metrics: pass@1 on eas
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import re
 import zlib
 
+from envs.prompts.base import PromptWorld, known, majority, share
 from envs.prompts.task import Drawn, Problem, Task, Verdict
 from runner.errors import UserError
+from runner.interface import Metric, knob
 
 APPLY = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 ENDING, DIGITS = re.compile(r"=([0-9])\.\Z"), "0123456789"
@@ -176,3 +179,34 @@ class BenignForks(Modular):
             return out
 
         return law(tuple(sorted(int(d) for d in problem.prompt[:-1])))
+
+
+class ModularWorld(PromptWorld):
+    @dataclasses.dataclass(frozen=True)
+    class Config(PromptWorld.Config):
+        task: str = knob("chain", "four operations from left to right, or a sum of four digits in any order",
+                         choices=["chain", "forks"])
+        p_err: float = knob(0.3, "probability that a step of a demonstration shows a uniform digit", low=0.0, high=1.0)
+        biased_p: float = knob(0.6, "probability of the systematic error in a step where it can occur", low=0.0, high=1.0)
+        pool: int = knob(64, "prompts of the unlabelled pool", low=1)
+
+    metrics = {
+        **PromptWorld.metrics,
+        "pass_1_easy": Metric("max", "", "pass@1 on prompts without a systematic error"),
+        "pass_1_biased": Metric("max", "", "pass@1 on prompts with one"),
+        "maj_8_easy": Metric("max", "", "maj@8 on prompts without a systematic error"),
+        "maj_8_biased": Metric("max", "", "maj@8 on prompts with one"),
+    }
+
+    def make_task(self):
+        c = self.config
+        return (ModularChain if c.task == "chain" else BenignForks)(p_err=c.p_err, biased_p=c.biased_p, pool=c.pool)
+
+    def details(self, problems, responses):
+        out = {}
+        for name, biased in (("easy", False), ("biased", True)):
+            some = [[v for _, v in told] for p, told in zip(problems, responses) if self.task.biased(p) == biased]
+            out[f"pass_1_{name}"] = share(v.correct > 0 for told in some for v in told)
+            if self.config.eval_samples >= 8:
+                out[f"maj_8_{name}"] = share(majority(told, 8, i) for i, told in enumerate(some))
+        return known(**out)

@@ -15,11 +15,14 @@ literature (2403.06963); several answers, coverage can be counted. Gold metrics:
 
 from __future__ import annotations
 
+import dataclasses
 import string
 import zlib
 
+from envs.prompts.base import PromptWorld
 from envs.prompts.task import Drawn, Problem, Task, Verdict
 from runner.errors import UserError
+from runner.interface import knob
 
 LETTERS, KINDS = string.ascii_lowercase, 20  # prompts by checksum: 0 held out, else training
 
@@ -108,3 +111,19 @@ def following(edges) -> dict[str, list[str]]:
     for a, b in sorted(edges):
         after.setdefault(a, []).append(b)
     return after
+
+
+class PathWorld(PromptWorld):
+    @dataclasses.dataclass(frozen=True)
+    class Config(PromptWorld.Config):
+        nodes: int = knob(8, "nodes of a graph", low=2, high=26)
+        edges: int = knob(12, "directed edges of a graph", low=1)
+        least: int = knob(2, "edges of the planted path, at least", low=1)
+        most: int = knob(4, "edges of the planted path, and of any answer, at most", low=1)
+        shortest: bool = knob(False, "only a path of the fewest edges is correct")
+        correct_share: float = knob(0.5, "share of demonstrations that reach the goal; the others are random walks", low=0.0,
+                                    high=1.0)
+
+    def make_task(self):
+        c = self.config
+        return Path(c.nodes, c.edges, c.least, c.most, c.shortest, c.correct_share)

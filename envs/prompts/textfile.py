@@ -16,16 +16,20 @@ For a card: provides prompts, demonstrations. Data: GSM8K's grade-school word pr
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from envs.prompts.base import PromptWorld
 from envs.prompts.numbers import final, number, spelled
 from envs.prompts.task import Problem, Task, Verdict
 from runner.errors import UserError
+from runner.interface import data_root, knob
 
+SHIPPED = Path(__file__).with_name("questions.jsonl")
 END, MARKER = "\x03", "####"
 PRINTABLE = "".join(map(chr, range(32, 127))) + "\n"
 NAMED = 5  # so many bad rows are named
@@ -110,10 +114,7 @@ def fault(row) -> str:
 
 
 def located(file: str) -> Path:
-    path = Path(file).expanduser()
-    if not path.is_absolute():
-        from runner.interface import data_root  # here, as it brings torch
-        path = data_root() / path
+    path = SHIPPED if file == "shipped" else data_root() / Path(file).expanduser()
     if path.suffix not in (".jsonl", ".json", ".parquet"):
         raise UserError(f"{path}: not a .jsonl or .parquet file\ngive rows of a question and an answer in either form")
     if not path.is_file():
@@ -146,3 +147,21 @@ def parquet(path: Path) -> Iterator[tuple[str, dict | str]]:
         raise UserError(f"{path} cannot be read as parquet: {error}\nfetch it again") from None
     for i, row in enumerate(table.to_pylist(), 1):
         yield f"row {i}", row
+
+
+class TextFileWorld(PromptWorld):
+    @dataclasses.dataclass(frozen=True)
+    class Config(PromptWorld.Config):
+        file: str = knob("shipped", "rows to learn from, .jsonl or .parquet (a relative path lies in the data folder); shipped: "
+                         "forty questions of the project's own")
+        held_out_file: str = knob("", "rows to evaluate on; none: a share of `file`")
+        share: float = knob(0.1, "share of the rows that is held out where there is no such file", low=0.0, high=1.0)
+        ask: str = knob("\n", "what follows each question in a prompt")
+        annotations: bool = knob(False, "demonstrations keep the calculator's <<…>>")
+        skip_bad: bool = knob(False, "rows that cannot be used are left out instead of being an error")
+        prompt_length: int = knob(0, "most characters of a prompt; 0: those of the longest", low=0)
+
+    def make_task(self):
+        c = self.config
+        return TextFile(c.file, c.held_out_file or None, c.prompt_length or None, ask=c.ask, annotations=c.annotations,
+                        skip_bad=c.skip_bad, share=c.share)

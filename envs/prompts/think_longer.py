@@ -15,8 +15,12 @@ metrics: accuracy, length (of all, correct and wrong responses), accuracy by n.
 
 from __future__ import annotations
 
+import dataclasses
+
+from envs.prompts.base import PromptWorld, known, share
 from envs.prompts.countdown import Countdown
 from runner.errors import UserError
+from runner.interface import Metric, knob
 
 FILLER = "w"
 
@@ -56,3 +60,33 @@ class ThinkLonger(Countdown):
         if fillers > self.longest:
             return ""
         return super().valid_next(problem, rest) + FILLER * (not rest and fillers < self.longest)
+
+
+class ThinkLongerWorld(PromptWorld):
+    @dataclasses.dataclass(frozen=True)
+    class Config(PromptWorld.Config):
+        longest: int = knob(6, "fillers at most", low=0)
+        least_share: float = knob(0.3, "share of demonstrations without a filler that reach the target", low=0.0, high=1.0)
+        most_share: float = knob(0.9, "share of those with the most fillers", low=0.0, high=1.0)
+
+    metrics = {
+        **PromptWorld.metrics,
+        "length_correct": Metric("none", "tokens", "of a correct response"),
+        "length_wrong": Metric("none", "tokens", "of a wrong response"),
+        "fillers": Metric("none", "tokens", "fillers of a response"),
+        "pass_1_fillers_0": Metric("max", "", "share of correct ones among the responses without fillers"),
+        "pass_1_fillers_3": Metric("max", "", "share of correct ones among those with three"),
+        "pass_1_fillers_6": Metric("max", "", "share of correct ones among those with six"),
+    }
+
+    def make_task(self):
+        c = self.config
+        return ThinkLonger(c.longest, c.least_share, c.most_share)
+
+    def details(self, problems, responses):
+        told = [(len(text), ThinkLonger.fillers(text), v.correct > 0) for some in responses for text, v in some]
+        return known(
+            length_correct=share(length for length, _, correct in told if correct),
+            length_wrong=share(length for length, _, correct in told if not correct),
+            fillers=share(fillers for _, fillers, _ in told),
+            **{f"pass_1_fillers_{n}": share(correct for _, fillers, correct in told if fillers == n) for n in (0, 3, 6)})

@@ -6,7 +6,8 @@ sampled (the same weights at the start of the update, by the training forward an
 
      1. collect      what is sampled: Q = `prompts` problems, G = `samples` responses each
      2. reward       r_i (B,); as the verifier says                                              (additive)
-     3. advantage    A (B,) or (B, T): (r_i - mean_g r) / (std_g r + 1e-6), std unbiased
+     3. advantage    A (B,) or (B, T): (r_i - mean_g r) / (std_g r + 1e-6), std unbiased; where rows are turns of episodes
+                     (envs/prompts/turns.py), mean and std are over the group's episodes
      4. measure      numbers of every response token from its logits: log_prob, entropy         (additive)
      5. observe      looks at the whole batch before the first step: statistics, anchors         (additive)
      6. weigh        changes A, the weight w (1), the clip range and the mask of a minibatch     (additive)
@@ -23,7 +24,7 @@ KL per token, d = lp - lp_ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1. On-po
 that of KL(pi || ref), that of k3 of KL(ref || pi).
 
 Sources: Shao et al. 2024 (GRPO, arXiv 2402.03300); Schulman et al. 2017 (clip); Ye et al. 2020 (dual clip); Schulman 2020 (KL).
-Common code differs in details: verl clamps k3 at 10 (its gradient vanishes there), here `kl_cap` is 0, none; TRL uses 1e-4 in the
+Common code differs in details: verl clamps k3 at 10 (where its gradient vanishes), which is not done here; TRL uses 1e-4 in the
 advantage's denominator, OpenRLHF 1e-9.
 """
 
@@ -67,7 +68,6 @@ class GroupPolicy(TokenMethod):
             "token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "token_sum_norm"])
         kl_weight: float = knob(0.0, "beta: of the KL to the policy as it was at the start", low=0.0)
         kl_estimator: str = knob("k3", "its estimate per token", choices=["k1", "k2", "k3"], when={"kl_weight": [0.5]})
-        kl_cap: float = knob(0.0, "bound of the estimate per token, as in verl (10); 0: none", low=0.0, when={"kl_weight": [0.5]})
 
     PARTS = ("collect", "reward", "advantage", "measure", "observe", "weigh", "surrogate", "penalty", "after_update")
     ADDITIVE = ("reward", "measure", "observe", "weigh", "penalty", "after_update")
@@ -167,21 +167,32 @@ class GroupPolicy(TokenMethod):
         """Metrics of a minibatch."""
         low = (rows.ratio < 1 - rows.low) & (rows.advantage < 0)
         high = (rows.ratio > 1 + rows.high) & (rows.advantage > 0)
-        share = rows.mask / rows.mask.sum().clamp(min=1)
+        share = rows.mask / rows.tokens.clamp(min=1)
         rows.told |= {"policy_loss": value.detach(), "clip_low": (low * share).sum(), "clip_high": (high * share).sum(),
                       "ratio": (rows.ratio.detach() * share).sum()}
 
     def summary(self, batch, old) -> dict[str, Tensor]:
         """Metrics of the whole batch of rollouts."""
         mask = batch["mask"]
-        share = mask / mask.sum().clamp(min=1)
-        _, deviation, _ = group_statistics(batch["reward"], batch["group"])
-        out = {"reward": batch["reward"].mean(), "correct": batch["correct"].mean(), "format": batch["format"].mean(),
-               "length": batch["length"].mean(), "entropy": (old["entropy"] * share).sum(),
-               "same_reward": (deviation == 0).float().mean()}
+        share = mask / self.engine.mean(mask.sum()).clamp(min=1)
+        _, deviation, _ = self.compare(batch["reward"], batch)
+        out = {"reward": self.each(batch["reward"], batch).mean(), "correct": self.each(batch["correct"], batch).mean(),
+               "format": batch["format"].mean(), "length": batch["length"].mean(), "entropy": (old["entropy"] * share).sum(),
+               "same_reward": self.each((deviation == 0).float(), batch).mean()}
+        if "turn" in batch:
+            out["turns"] = self.each(batch["turn"].float(), batch).mean() * 2 + 1  # of an episode: 0, 1, …, n-1
         if "reference_log_prob" in old:
             out["kl"] = ((old["log_prob"] - old["reference_log_prob"]) * share).sum()
         return out
+
+    # -- rows that count as one: the turns of an episode, where the batch has a column `unit`
+    def compare(self, values: Tensor, batch) -> tuple[Tensor, Tensor, Tensor]:
+        """group_statistics of values (B,) over what is compared: responses, or episodes."""
+        return group_statistics(values, batch["group"], batch.get("unit"))
+
+    def each(self, values: Tensor, batch) -> Tensor:
+        """values (B,) -> one for each response, or for each episode the mean of its turns'."""
+        return means(values, batch["unit"])[0] if "unit" in batch else values
 
     # -- parts
     def collect(self, source) -> dict[str, Tensor]:
@@ -196,10 +207,10 @@ class GroupPolicy(TokenMethod):
     def advantage(self, batch, old) -> Tensor:
         """A (B,) or (B, T). `old` is filled only for a method that `looks_first`."""
         r = batch["reward"]
-        mean, deviation, _ = group_statistics(r, batch["group"])
+        mean, deviation, _ = self.compare(r, batch)
         if self.config.scale == "none":
             return r - mean
-        return (r - mean) / ((deviation if self.config.scale == "group" else r.std()) + 1e-6)
+        return (r - mean) / ((deviation if self.config.scale == "group" else self.each(r, batch).std()) + 1e-6)
 
     def measure(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """logits (n, V) over the temperature, target (n,) -> {name: (n,)}; overriders add to super()'s."""
@@ -224,15 +235,29 @@ class GroupPolicy(TokenMethod):
         c = self.config
         if not c.kl_weight:
             return None
-        return c.kl_weight * self.aggregate(kl(rows.log_prob, rows.old["reference_log_prob"], c.kl_estimator, c.kl_cap), rows)
+        return c.kl_weight * self.aggregate(kl(rows.log_prob, rows.old["reference_log_prob"], c.kl_estimator), rows)
 
     def after_update(self, batch):
         """After the last step; overriders call super()'s."""
 
 
-def group_statistics(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def means(values: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """values (B,), unit (B,) any numbers -> the mean of each unit's values (U,), of equal ones to the bit; the place of each
+    row's unit among them (B,)."""
+    numbers, place = unit.unique(return_inverse=True)
+    zero = values.new_zeros(len(numbers))
+    mean = zero.index_add(0, place, values) / zero.index_add(0, place, torch.ones_like(values))
+    low, high = (zero.scatter_reduce(0, place, values, how, include_self=False) for how in ("amin", "amax"))
+    return torch.where(low == high, low, mean), place
+
+
+def group_statistics(values: Tensor, group: Tensor, unit: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """values (B,), group (B,) numbers from 0 -> mean, unbiased standard deviation and size of each row's group, (B,) each. A
-    group of one has mean 0 and deviation 1; equal values have deviation 0, to the bit."""
+    group of one has mean 0 and deviation 1; equal values have deviation 0, to the bit. Rows of one `unit` (B,) count as one
+    value, their mean."""
+    if unit is not None:
+        mean, place = means(values, unit)
+        return tuple(told[place] for told in group_statistics(mean, torch.zeros_like(mean).long().scatter(0, place, group)))
     groups = int(group.max()) + 1
     one = torch.ones_like(values)
     size = torch.zeros(groups, device=values.device).index_add_(0, group, one)

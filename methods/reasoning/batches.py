@@ -20,21 +20,24 @@ def groups_of(batch: dict[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
 
 
 def join(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """One batch of several: groups and answers are numbered on, prompts padded (left) to the widest."""
+    """One batch of several: groups, episodes and answers are numbered on, prompts padded (left) to the widest."""
     width = max(b["prompt"].shape[1] for b in batches)
     out: dict[str, list[Tensor]] = {k: [] for k in batches[0]}
-    groups = answers = 0
+    groups = answers = units = 0
     for batch in batches:
         for key, value in batch.items():
             if key in ("prompt", "prompt_mask"):
                 value = F.pad(value, (width - value.shape[1], 0))
             elif key == "group":
                 value = value + groups
+            elif key == "unit":
+                value = value + units
             elif key == "answer":
                 value = torch.where(value < 0, value, value + answers)
             out[key].append(value)
         groups += int(batch["group"].max()) + 1
         answers += int(batch["answer"].max()) + 1
+        units += int(batch["unit"].max()) + 1 if "unit" in batch else 0
     return {k: torch.cat(v) for k, v in out.items()}
 
 

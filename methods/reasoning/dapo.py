@@ -19,7 +19,7 @@ import dataclasses
 
 import torch
 
-from methods.reasoning.base import GroupPolicy, group_statistics
+from methods.reasoning.base import GroupPolicy
 from methods.reasoning.batches import groups_of, join
 from runner.interface import knob
 
@@ -39,7 +39,7 @@ class DAPO(GroupPolicy):
         kept, number = [], 0
         for round_ in range(c.most_rounds):
             batch = source.rollouts(source.problems(c.prompts), c.samples, c.temperature, f"rollout{round_ or ''}")
-            _, deviation, _ = group_statistics(batch["correct"], batch["group"])
+            _, deviation, _ = self.compare(batch["correct"], batch)
             mixed = torch.zeros(c.prompts, dtype=torch.bool, device=deviation.device).index_put((batch["group"],), deviation > 0)
             number += int(mixed.sum())
             if mixed.any():

@@ -20,6 +20,8 @@ class KLCov(GroupPolicy):
     class Config(GroupPolicy.Config):
         cov_share: float = knob(2e-4, "share of the tokens that are penalised, one at least; 0: GRPO, with its clip", low=0.0,
                                 high=1.0, source="paper")
+        dual_clip: float = knob(0.0, "c: with a negative advantage a token's loss is at most -A c; 0: no bound", low=0.0,
+                                when={"cov_share": 0.0})
         coefficient: float = knob(1.0, "of |lp - lp_old|", low=0.0, source="paper")
 
     def surrogate(self, rows):

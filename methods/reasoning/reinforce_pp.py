@@ -15,7 +15,7 @@ import dataclasses
 
 from torch import Tensor
 
-from methods.reasoning.base import GroupPolicy, group_statistics
+from methods.reasoning.base import GroupPolicy
 from runner.interface import knob
 
 
@@ -24,6 +24,8 @@ class ReinforcePP(GroupPolicy):
     class Config(GroupPolicy.Config):
         whitening: str = knob("batch", "over what advantages are compared: all tokens of the batch, or the group (GRPO)",
                               choices=["batch", "group"])
+        scale: str = knob("group", "deviation that advantages are divided by: the group's, the batch's, or none",
+                          choices=["group", "batch", "none"], when={"whitening": "group"})
         baseline: str = knob("none", "taken off the reward first", choices=["none", "group"], when={"whitening": "batch"})
         reward_kl: float = knob(0.0, "beta of the KL in the reward (k1, so that its gradient is that of KL(pi || ref))", low=0.0,
                                 when={"whitening": "batch"})
@@ -39,7 +41,7 @@ class ReinforcePP(GroupPolicy):
             return super().advantage(batch, old)
         reward, mask = batch["reward"], batch["mask"]
         if c.baseline == "group":
-            reward = reward - group_statistics(reward, batch["group"])[0]
+            reward = reward - self.compare(reward, batch)[0]
         returns = reward[:, None] * mask
         if c.reward_kl:
             cost = (old["log_prob"] - old["reference_log_prob"]) * mask

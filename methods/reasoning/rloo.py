@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from methods.reasoning.base import GroupPolicy, group_statistics
+from methods.reasoning.base import GroupPolicy
 from runner.interface import knob
 
 
@@ -20,9 +20,11 @@ class RLOO(GroupPolicy):
     @dataclasses.dataclass(frozen=True)
     class Config(GroupPolicy.Config):
         leave_one_out: bool = knob(True, "the baseline leaves the response itself out, and nothing is divided by a deviation")
+        scale: str = knob("group", "deviation that advantages are divided by: the group's, the batch's, or none",
+                          choices=["group", "batch", "none"], when={"leave_one_out": False})
 
     def advantage(self, batch, old):
         if not self.config.leave_one_out:
             return super().advantage(batch, old)
-        mean, _, size = group_statistics(batch["reward"], batch["group"])
+        mean, _, size = self.compare(batch["reward"], batch)
         return (batch["reward"] - mean) * size / (size - 1).clamp(min=1) * (size > 1)

@@ -20,12 +20,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from methods.tokens import checkpoint, lora
 from methods.tokens.engine import Sampler
 from methods.tokens.graphed import Graphed
 from methods.tokens.scoring import log_prob_and_entropy, score
 from runner.errors import UserError
 from runner.interface import Method, Spec, knob
 
+BETAS = (0.9, 0.95)  # AdamW's, as language models are trained
 PAD_TO = 32  # prompts of a tokeniser are padded to multiples of this: few widths, few captured graphs
 
 
@@ -44,7 +46,6 @@ class TokenMethod(Method):
     @dataclasses.dataclass(frozen=True)
     class Config:
         learning_rate: float = knob(1e-4, "AdamW's", low=0.0)
-        betas: tuple[float, ...] = knob((0.9, 0.95), "AdamW's", low=0.0, high=1.0)
         weight_decay: float = knob(0.0, "AdamW's", low=0.0)
         warmup: int = knob(0, "optimiser steps over which the learning rate rises from 0", low=0)
         decay: str = knob("constant", "course of the learning rate over the run after that; cosine ends at a twentieth",
@@ -56,7 +57,7 @@ class TokenMethod(Method):
         self.spec = spec
         self.policy, self.tokenizer = self.blueprint.build(spec)
         self.reference = copy.deepcopy(self.policy).requires_grad_(False) \
-            if self.needs_reference() and not hasattr(self.policy, "adapters_off") else None
+            if self.needs_reference() and not lora.adapted(self.policy) else None
         self._sampler, self._graphed = None, None
 
     def needs_reference(self) -> bool:
@@ -66,7 +67,7 @@ class TokenMethod(Method):
     def make_optimizers(self):
         c = self.config
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        self.optimizers = {"policy": torch.optim.AdamW(parameters, lr=c.learning_rate, betas=tuple(c.betas),
+        self.optimizers = {"policy": torch.optim.AdamW(parameters, lr=c.learning_rate, betas=BETAS,
                                                        weight_decay=c.weight_decay, fused=True)}
 
     def prepare(self, data: dict[str, Tensor]):
@@ -147,8 +148,7 @@ class TokenMethod(Method):
     @torch.no_grad()
     def score_reference(self, rows: dict[str, Tensor], temperature: float = 1.0) -> dict:
         """log_prob and entropy (b, T) of the policy as it was at the start."""
-        off = contextlib.nullcontext() if self.reference is not None else self.policy.adapters_off()
-        with off:
+        with contextlib.nullcontext() if self.reference is not None else lora.reference(self.policy):
             return self.score(rows, temperature=temperature, policy=self.reference)
 
     # -- one step of the optimiser
@@ -209,3 +209,7 @@ class TokenMethod(Method):
 
     def export(self):
         return dict(self.policy.state_dict()), {"kind": "transformer"}
+
+    def export_folder(self, folder):
+        """In Hugging Face's layout, adapters merged: transformers and policy=hf read it."""
+        checkpoint.save(self.policy, folder)

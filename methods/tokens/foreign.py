@@ -112,6 +112,9 @@ class Foreign(nn.Module):
         """Always as in evaluation: with dropout, scores would not be those of what was drawn."""
         return super().train(False)
 
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.hidden(ids, mask)
+
     def packed(self, ids: Tensor) -> Tensor:
         return self.hidden(ids, None)
 

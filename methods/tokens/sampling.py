@@ -43,7 +43,7 @@ def nucleus(p: Tensor, share: Tensor | float) -> Tensor:
     """p with zeros outside the smallest set of most probable tokens that holds `share` of it (equal ones stay together)."""
     ranked = p.sort(-1, descending=True).values
     last = (ranked.cumsum(-1) < share).sum(-1, keepdim=True).clamp_(max=p.shape[-1] - 1)
-    return torch.where(p >= ranked.gather(-1, last), p, 0.0)
+    return p.masked_fill(p < ranked.gather(-1, last), 0.0)
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: Tensor | float | None,

@@ -209,6 +209,9 @@ class Transformer(nn.Module):
         """Hidden states (B, L, width) after the last norm, of rows (B, L) that are padded on the right only, or not at all."""
         return self.model(ids)
 
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.hidden(ids, mask)
+
     def hidden(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Hidden states (B, L, width) after the last norm. Positions count the tokens in `mask` (B, L); None: all.
 

@@ -46,7 +46,7 @@ def test_the_code_read_is_the_code_imported(entry):
 def test_cards_of_methods(entry):
     card = entry.card
     assert card.get("title") and card.get("summary") and card.get("formula"), entry.yaml
-    assert set(card) <= {"title", "paper", "summary", "formula", "baseline", "changes", "needs", "neutral", "kind"}
+    assert set(card) <= {"title", "paper", "summary", "formula", "baseline", "changes", "needs", "neutral", "kind", "policy"}
     assert "\n" not in card["summary"] and len(card["summary"]) <= 140
     assert not card.get("paper") or re.match("https?://", card["paper"])
     assert entry.needs
@@ -77,7 +77,7 @@ def test_cards_of_methods(entry):
 @pytest.mark.parametrize("entry", ENVS, ids=by_name)
 def test_cards_of_envs(entry):
     assert entry.card.get("title") and entry.card.get("summary") and entry.provides
-    assert set(entry.card) <= {"title", "summary", "provides", "world", "kind", "paper", "data"}
+    assert set(entry.card) <= {"title", "summary", "provides", "world", "kind", "paper", "data", "argument"}
     assert entry.source.is_file()
     assert set(entry.sizes) <= set(BOOK.names("size"))
     for size in entry.sizes.values():

@@ -5,38 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from token_policies import CASES, assert_drawn_rightly, policy, prompts
 
 from methods.tokens import sampling
 from methods.tokens.engine import Sampler, reference_generate
 from methods.tokens.tokenizer import Characters
-from methods.tokens.transformer import Shape, Transformer
+from methods.tokens.transformer import Shape
 from runner.errors import UserError
-
-SMALL = Shape(19, 32, 2, 4, 2, 48, context=64, qkv_bias=True)
-
-
-def policy(shape: Shape = SMALL, seed: int = 0, loud: float = 12.0) -> Transformer:
-    """A random policy; `loud` times the usual weights, so that what it says depends on what it read."""
-    torch.manual_seed(seed)
-    model = Transformer(shape)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.mul_(loud) if p.dim() == 2 and "embed" not in name else p.add_(0.1 * torch.randn_like(p))
-    return model
-
-
-def prompts(n: int, width: int, vocabulary: int, padded: bool = True):
-    ids = torch.randint(1, vocabulary, (n, width))
-    lengths = torch.randint(1, width + 1, (n,)) if padded else torch.full((n,), width)
-    mask = torch.arange(width) >= width - lengths[:, None]
-    return ids * mask, mask
-
-
-CASES = {
-    "plain": {}, "one sample": {"group": 1}, "greedy": {"temperature": 0.0}, "hot": {"temperature": 1.7},
-    "nucleus": {"top_p": 0.7}, "adjusted": {"adjust": lambda logits: 0.5 + logits.std(-1, keepdim=True)},
-    "one token": {"steps": 1}, "long": {"steps": 40},
-}
 
 
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
@@ -50,6 +25,9 @@ def test_the_engine_is_the_reference(case, padded):
         mine, plain = sampler.generate(prompt, mask, **settings), reference_generate(model, prompt, mask, **settings)
         assert torch.equal(mine.response, plain.response) and torch.equal(mine.mask, plain.mask)
         torch.testing.assert_close(mine.log_prob, plain.log_prob, atol=1e-5, rtol=0)
+    assert_drawn_rightly(model, mine, prompt, mask, **settings)
+    with pytest.raises(AssertionError):
+        assert_drawn_rightly(model, mine._replace(response=mine.response.flip(0)), prompt, mask, **settings)
     if settings["steps"] > 1:
         ended = (mine.response == 3).any(-1)
         assert ended.any() and (case == "long" or not ended.all())
@@ -64,6 +42,7 @@ def test_other_shapes(shape):
     settings = {"group": 3, "steps": 9, "eos": 3, "pad": 0, "uniforms": torch.rand(15, 9)}
     mine, plain = Sampler(model).generate(prompt, mask, **settings), reference_generate(model, prompt, mask, **settings)
     assert torch.equal(mine.response, plain.response)
+    assert_drawn_rightly(model, mine, prompt, mask, **settings)
     torch.testing.assert_close(mine.log_prob, plain.log_prob, atol=1e-5, rtol=0)
 
 
