@@ -30,6 +30,7 @@ from runner.draws import Draws
 from runner.errors import UserError
 from runner.interface import Metric, Spec, Stream, World, data_root, knob, own_id
 
+_TASKS: dict[tuple, Task] = {}
 STARTS = Path(__file__).with_name("starts")
 
 
@@ -170,7 +171,12 @@ class PromptWorld(World):
 
     def __init__(self, config, device="cpu"):
         super().__init__(config, device)
-        self.task = self.make_task()
+        key = (type(self), dataclasses.astuple(config))  # a task never changes: worlds made alike share it
+        if key not in _TASKS:
+            while len(_TASKS) >= 8:
+                _TASKS.pop(next(iter(_TASKS)))
+            _TASKS[key] = self.make_task()
+        self.task = _TASKS[key]
 
     def make_task(self) -> Task:
         raise NotImplementedError

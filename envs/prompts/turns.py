@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from envs.prompts.base import Prompts, PromptWorld, blamed, pass_at
-from runner.interface import Metric
+from runner.interface import Completions, Metric
 
 
 class Turn(NamedTuple):
     episodes: list[int]       # those that still ran
-    out: Any                  # what the method generated (its named tuple: texts, prompt, …, mask), a row each
+    out: Completions          # a row each
     cost: list[float]         # what an invalid text costs, else 0
 
 
@@ -41,7 +41,7 @@ class Played(NamedTuple):
     length: list[int]         # turns of every episode
 
 
-def play(task, states: list[Any], generate: Callable[[list[str], Tensor, int], Any]) -> Played:
+def play(task, states: list[Any], generate: Callable[[list[str], Tensor, int], Completions]) -> Played:
     """Play the episodes that begin in `states` to their ends. generate(texts, episodes, turn): a response to each text."""
     states, running, turns = list(states), list(range(len(states))), []
     reward, length = [0.0] * len(states), [0] * len(states)
@@ -50,7 +50,7 @@ def play(task, states: list[Any], generate: Callable[[list[str], Tensor, int], A
         texts = [task.observe(states[i]) for i in running]
         spare = -len(texts) % quarter  # few numbers of rows: each is a shape, for which a GPU captures a graph
         out = generate(texts + texts[-1:] * spare, torch.tensor(running + running[-1:] * spare), len(turns))
-        out = type(out)(*(v[:len(running)] for v in out))
+        out = Completions(*(v[:len(running)] for v in out))
         cost, still = [], []
         for i, text in zip(running, out.texts):
             try:
@@ -174,7 +174,7 @@ class TurnWorld(PromptWorld):
         return figures
 
     @staticmethod
-    def _entropy(method, out) -> tuple[float, float]:
+    def _entropy(method, out: Completions) -> tuple[float, float]:
         """(sum over tokens, tokens)"""
         total = 0.0
         for part in torch.arange(len(out.texts), device=out.mask.device).split(512):
