@@ -245,6 +245,8 @@ def _show(words, options) -> int:
     else:
         if entry.kind == "env":
             print(f"  provides  {', '.join(entry.provides)}")
+            if card.get("argument"):
+                print(f"  argument  env={entry.name}:{card['argument'].upper()} sets env.{card['argument']}")
         print(f"  methods   {', '.join(fits)}")
     source = entry.source
     print(f"  file      {source.relative_to(catalogue.ROOT) if source.is_relative_to(catalogue.ROOT) else source}")
