@@ -1,11 +1,13 @@
-"""Put a start that `data build` has made into the tree, where it is shipped (at most 1 MB), with its card as provenance.
+"""Put a start that `data build` has made into the tree, where it is shipped (at most 1 MB, a larger one in half precision), with
+its card as provenance.
 
     python scripts/start.py ENV        # after: python -m runner data build ENV
 """
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+import json
 import sys
 from pathlib import Path
 
@@ -25,13 +27,22 @@ def main() -> int:
     entry = Catalogue().get("env", sys.argv[1])
     made, target = folder_of(entry, "claim"), ROOT / "envs/prompts/starts"
     file = made / "start.safetensors"
-    if not file.is_file() or file.stat().st_size > MOST:
-        print(f"{file}: " + (f"larger than {MOST:,} bytes" if file.is_file() else "not built yet"), file=sys.stderr)
+    if not file.is_file():
+        print(f"{file}: not built yet", file=sys.stderr)
+        return 1
+    data, card = file.read_bytes(), json.loads((made / "card.json").read_text())
+    if len(data) > MOST:
+        from safetensors.torch import load, save
+
+        data = save({k: v.half() for k, v in load(data).items()})
+        card |= {"digest": hashlib.sha256(data).hexdigest(), "precision": "float16"}
+    if len(data) > MOST:
+        print(f"{file}: {len(data):,} bytes in half precision; at most {MOST:,} are shipped", file=sys.stderr)
         return 1
     name = Path(entry.values["own"]).parent.name
     target.mkdir(exist_ok=True)
-    shutil.copyfile(file, target / f"{name}.safetensors")
-    shutil.copyfile(made / "card.json", target / f"{name}.json")
+    (target / f"{name}.safetensors").write_bytes(data)
+    (target / f"{name}.json").write_text(json.dumps(card, indent=1, default=float) + "\n")
     return 0
 
 

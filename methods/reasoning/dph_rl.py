@@ -109,8 +109,9 @@ class DPHRL(GroupPolicy):
         parts = [problems[i:i + c.prompts] for i in range(0, len(problems), c.prompts)]
         batch = join([source.rollouts(part, c.survey_samples, c.temperature, f"survey{i}") for i, part in enumerate(parts)])
         right = batch["correct"] > 0
-        solved = right.view(-1, c.survey_samples).sum(1) >= c.solved * c.survey_samples - 1e-6
-        out = {"problem": batch["problem"][::c.survey_samples],
+        responses = self.each(batch["correct"], batch) > 0  # or episodes
+        solved = responses.view(-1, c.survey_samples).sum(1) >= c.solved * c.survey_samples - 1e-6
+        out = {"problem": torch.tensor(problems, device=right.device),
                "explored": ~solved if not solved.all() else torch.ones_like(solved)}
         if not self.rehearses():
             return out

