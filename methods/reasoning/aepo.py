@@ -30,7 +30,7 @@ import math
 import torch
 from torch import Tensor
 
-from methods.reasoning.base import GroupPolicy, group_statistics
+from methods.reasoning.base import GroupPolicy
 from methods.reasoning.batches import join, rows_of
 from runner.interface import knob
 
@@ -83,7 +83,7 @@ class AEPO(GroupPolicy):
     def mixed(self, main: dict[str, Tensor], control: dict[str, Tensor]) -> dict[str, Tensor]:
         """The main batch with some rows' samples replaced; `control` (B,) marks them."""
         c, reward = self.config, self.reward(control)
-        mean, deviation, _ = group_statistics(reward, control["group"])
+        mean, deviation, _ = self.compare(reward, control)
         good = (reward - mean) / (deviation + 1e-6) > 0.05
         number, rows, device = len(good), len(main["group"]), good.device
         most = min(math.ceil(c.replaced * rows - 1e-6), number)

@@ -181,6 +181,9 @@ class GroupPolicy(TokenMethod):
                "same_reward": self.each((deviation == 0).float(), batch).mean()}
         if "turn" in batch:
             out["turns"] = self.each(batch["turn"].float(), batch).mean() * 2 + 1  # of an episode: 0, 1, …, n-1
+            sums, tokens = (self.engine.mean(mask.new_zeros(self.spec.turns).index_add(0, batch["turn"], v.sum(1)))
+                            for v in (old["entropy"] * mask, mask))
+            out["entropy_by_turn"] = (sums / tokens.clamp(min=1e-6)).sum() / (tokens > 0).sum().clamp(min=1)
         if "reference_log_prob" in old:
             out["kl"] = ((old["log_prob"] - old["reference_log_prob"]) * share).sum()
         return out
