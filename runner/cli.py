@@ -469,7 +469,8 @@ def _export(words, options) -> int:
     if not target.suffix:
         method.export_folder(target)
         (target / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
-        print(f"{target} ({sum(f.stat().st_size for f in target.iterdir()) / 1000:,.0f} kB in {len(list(target.iterdir()))} files)")
+        files = list(target.iterdir())
+        print(f"{target} ({sum(f.stat().st_size for f in files) / 1000:,.0f} kB in {len(files)} files)")
         return 0
     from safetensors.torch import save_file
 

@@ -62,7 +62,7 @@ def compose(words: list[str], book: catalogue.Catalogue) -> Job:
         if _is_sweep(word):
             raise UserError(f"'{word}' gives several values; a sweep needs -m: python -m runner -m {' '.join(words)}\n"
                             "one value that is a list is written key=[a,b], a text with a comma key='a,b'")
-    chosen = {k.lstrip("+"): v.strip("'\"") for k, v in given if k.lstrip("+") in catalogue.GROUPS}
+    chosen = {k.lstrip("+"): v.strip("'\"").replace("\\:", ":") for k, v in given if k.lstrip("+") in catalogue.GROUPS}
     for group in ("method", "env"):
         if not chosen.get(group):
             known = book.names(group)

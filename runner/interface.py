@@ -58,6 +58,17 @@ class Feed(NamedTuple):
     copied: int = 0         # transitions of the data set to put among the online ones
 
 
+class Completions(NamedTuple):
+    """Responses to P prompts, `samples` each, those of one prompt next to each other: B = P * samples rows."""
+
+    texts: list[str]
+    prompt: Tensor       # (B, Tp) int64
+    prompt_mask: Tensor  # (B, Tp) bool
+    response: Tensor     # (B, T) int64
+    mask: Tensor         # (B, T) bool
+    log_prob: Tensor     # (B, T), the sampler's
+
+
 class Engine:
     """How gradients are made and shared. The loop puts its own in place; this one serves a single process."""
 

@@ -30,6 +30,7 @@ from runner.draws import Draws
 from runner.errors import UserError
 from runner.interface import Metric, Spec, Stream, World, data_root, knob, own_id
 
+_TASKS: dict[tuple, Task] = {}
 STARTS = Path(__file__).with_name("starts")
 
 
@@ -79,9 +80,10 @@ class Prompts(Stream):
         """Verdicts beside what was sampled. written: (number of the problem, response) of every row."""
         device = out.response.device
         verdicts = [self.world.judge(self.pool[i], text) for i, text in written]
+        rewards = [self.world.rewarded(self.pool[i], text, v) for (i, text), v in zip(written, verdicts)]
         answers: dict[str, int] = {}
         told = [-1 if v.answer is None else answers.setdefault(v.answer, len(answers)) for v in verdicts]
-        numbers = torch.tensor([[v.correct, v.format, self.world.reward(v)] for v in verdicts]).to(device)
+        numbers = torch.tensor([[v.correct, v.format, r] for v, r in zip(verdicts, rewards)]).to(device)
         whole = torch.tensor([[a, i] for a, (i, _) in zip(told, written)]).to(device)
         return {"prompt": out.prompt, "prompt_mask": out.prompt_mask, "response": out.response, "mask": out.mask.float(),
                 "log_prob": out.log_prob, "group": torch.arange(len(written), device=device) // samples,
@@ -157,6 +159,7 @@ class PromptWorld(World):
         "pass_1": Metric("max", "", "share of sampled responses that are correct"),
         "pass_4": Metric("max", "", "unbiased pass@4: a correct one among 4"),
         "pass_16": Metric("max", "", "unbiased pass@16"),
+        "pass_area": Metric("max", "", "mean of pass@1, 2, 4, 8, 16: the area under pass@k over log k"),
         "maj_8": Metric("max", "", "the most common answer of 8 is correct"),
         "greedy": Metric("max", "", "share of greedy responses that are correct"),
         "coverage": Metric("max", "solutions", "distinct correct responses among 16, a prompt"),
@@ -168,7 +171,12 @@ class PromptWorld(World):
 
     def __init__(self, config, device="cpu"):
         super().__init__(config, device)
-        self.task = self.make_task()
+        key = (type(self), dataclasses.astuple(config))  # a task never changes: worlds made alike share it
+        if key not in _TASKS:
+            while len(_TASKS) >= 8:
+                _TASKS.pop(next(iter(_TASKS)))
+            _TASKS[key] = self.make_task()
+        self.task = _TASKS[key]
 
     def make_task(self) -> Task:
         raise NotImplementedError
@@ -188,8 +196,13 @@ class PromptWorld(World):
         try:
             return self.task.verify(problem, response)
         except Exception as error:  # a verifier that raises is a bug of the task: say on what
-            raise RuntimeError(f"the verifier of {type(self.task).__name__} raised {type(error).__name__}: {error}\n"
-                               f"prompt {problem.prompt!r}, completion {response!r}") from error
+            raise blamed(f"the verifier of {type(self.task).__name__}", error, problem.prompt, response) from error
+
+    def rewarded(self, problem: Problem, response: str, verdict: Verdict) -> float:
+        try:
+            return float(self.reward(verdict))
+        except Exception as error:
+            raise blamed(f"the reward of {type(self).__name__}", error, problem.prompt, response) from error
 
     def reward(self, verdict: Verdict) -> float:
         """What is rewarded of a verdict."""
@@ -247,7 +260,10 @@ class PromptWorld(World):
         groups = [verdicts[i * n:(i + 1) * n] for i in range(len(problems))]
         correct = [sum(v.correct > 0 for v in g) for g in groups]
         figures = {"pass_1": sum(correct) / len(texts)}
-        figures |= {f"pass_{k}": sum(pass_at(n, c, k) for c in correct) / len(correct) for k in (4, 16) if k <= n}
+        at = {k: sum(pass_at(n, c, k) for c in correct) / len(correct) for k in (1, 2, 4, 8, 16) if k <= n}
+        figures |= {f"pass_{k}": at[k] for k in (4, 16) if k in at}
+        if len(at) == 5:  # neither a sharp policy nor a broad one that never learned has the best of it
+            figures["pass_area"] = sum(at.values()) / 5
         if n >= 8:
             figures["maj_8"] = sum(majority(g, 8, seed + i) for i, g in enumerate(groups)) / len(groups)
         figures["coverage"] = sum(len({c for t, v in zip(texts[i * n:i * n + min(n, 16)], g) if v.correct
@@ -280,6 +296,10 @@ class PromptWorld(World):
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------------
+
+def blamed(what: str, error: Exception, prompt: str, response: str) -> RuntimeError:
+    return RuntimeError(f"{what} raised {type(error).__name__}: {error}\nprompt {prompt!r}, completion {response!r}")
+
 
 def share(values) -> float | None:
     """The mean of some numbers or truths; None of nothing."""

@@ -25,9 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from envs.prompts.base import Prompts, PromptWorld, pass_at
-from methods.tokens.base import Completions
-from runner.interface import Metric
+from envs.prompts.base import Prompts, PromptWorld, blamed, pass_at
+from runner.interface import Completions, Metric
 
 
 class Turn(NamedTuple):
@@ -57,8 +56,7 @@ def play(task, states: list[Any], generate: Callable[[list[str], Tensor, int], C
             try:
                 states[i], told, over = task.step(states[i], text)
             except Exception as error:
-                raise RuntimeError(f"{type(task).__name__}.step raised {type(error).__name__}: {error}\n"
-                                   f"prompt {task.observe(states[i])!r}, completion {text!r}") from error
+                raise blamed(f"{type(task).__name__}.step", error, task.observe(states[i]), text) from error
             reward[i] += max(told, 0.0)
             cost.append(min(told, 0.0))
             length[i] += 1
@@ -122,6 +120,7 @@ class TurnWorld(PromptWorld):
         "pass_1": Metric("max", "", "the same: an episode is one attempt"),
         "pass_4": Metric("max", "", "unbiased pass@4: a success among 4 episodes from one beginning"),
         "pass_16": Metric("max", "", "unbiased pass@16"),
+        "pass_area": Metric("max", "", "mean of pass@1, 2, 4, 8, 16: the area under pass@k over log k"),
         "greedy": Metric("max", "", "share of successes with greedy responses"),
         "return": Metric("max", "", "success less what invalid texts cost"),
         "turns": Metric("min", "turns", "of an episode"),
@@ -159,8 +158,10 @@ class TurnWorld(PromptWorld):
         sampled = played([s for s in starts for _ in range(c.eval_samples)], 1.0)
         won = [sum(r > 0 for r in sampled.reward[i:i + c.eval_samples]) for i in range(0, len(sampled.reward), c.eval_samples)]
         figures = {"success": sum(won) / len(sampled.reward)}
-        figures |= {f"pass_{k}": sum(pass_at(c.eval_samples, n, k) for n in won) / len(won) for k in (1, 4, 16)
-                    if k <= c.eval_samples}
+        at = {k: sum(pass_at(c.eval_samples, n, k) for n in won) / len(won) for k in (1, 2, 4, 8, 16) if k <= c.eval_samples}
+        figures |= {f"pass_{k}": at[k] for k in (1, 4, 16) if k in at}
+        if len(at) == 5:
+            figures["pass_area"] = sum(at.values()) / 5
         costs = [cost for turn in sampled.turns for cost in turn.cost]
         figures["return"] = (sum(sampled.reward) + sum(costs)) / len(sampled.reward)
         figures["turns"] = sum(sampled.length) / len(sampled.length)

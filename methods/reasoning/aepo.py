@@ -17,8 +17,9 @@ blend_limit) / share of correct responses.
 Differences from the official code: candidates and replaced rows are random (choice=first: the first prompts); h is the exact
 entropy of the main rows before the update (reading=sample: -mean lp over all rows, a sample estimate of a mixed batch; theirs
 is taken during the updates); it crashes without candidates. proposal=plain draws the control at the main temperature: the
-control that has to be worse. On small, sharp policies pi^T is close to pi and the thermostat hardly acts at the paper's values:
-tests here needed half of the rows and T of 3. The paper's top-p of 0.99 is not reproduced.
+control that has to be worse. On small, sharp policies the thermostat hardly acts: on countdown neither the paper's values hold
+a target, nor T = 3 with half of the rows (too few of such responses are correct to fill them), nor T = 1.5 with advantage 5.
+The paper's top-p of 0.99 is not reproduced.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import math
 import torch
 from torch import Tensor
 
-from methods.reasoning.base import GroupPolicy, group_statistics
+from methods.reasoning.base import GroupPolicy
 from methods.reasoning.batches import join, rows_of
 from runner.interface import knob
 
@@ -82,7 +83,7 @@ class AEPO(GroupPolicy):
     def mixed(self, main: dict[str, Tensor], control: dict[str, Tensor]) -> dict[str, Tensor]:
         """The main batch with some rows' samples replaced; `control` (B,) marks them."""
         c, reward = self.config, self.reward(control)
-        mean, deviation, _ = group_statistics(reward, control["group"])
+        mean, deviation, _ = self.compare(reward, control)
         good = (reward - mean) / (deviation + 1e-6) > 0.05
         number, rows, device = len(good), len(main["group"]), good.device
         most = min(math.ceil(c.replaced * rows - 1e-6), number)

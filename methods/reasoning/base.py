@@ -167,20 +167,23 @@ class GroupPolicy(TokenMethod):
         """Metrics of a minibatch."""
         low = (rows.ratio < 1 - rows.low) & (rows.advantage < 0)
         high = (rows.ratio > 1 + rows.high) & (rows.advantage > 0)
-        share = rows.mask / rows.mask.sum().clamp(min=1)
+        share = rows.mask / rows.tokens.clamp(min=1)
         rows.told |= {"policy_loss": value.detach(), "clip_low": (low * share).sum(), "clip_high": (high * share).sum(),
                       "ratio": (rows.ratio.detach() * share).sum()}
 
     def summary(self, batch, old) -> dict[str, Tensor]:
         """Metrics of the whole batch of rollouts."""
         mask = batch["mask"]
-        share = mask / mask.sum().clamp(min=1)
+        share = mask / self.engine.mean(mask.sum()).clamp(min=1)
         _, deviation, _ = self.compare(batch["reward"], batch)
         out = {"reward": self.each(batch["reward"], batch).mean(), "correct": self.each(batch["correct"], batch).mean(),
                "format": batch["format"].mean(), "length": batch["length"].mean(), "entropy": (old["entropy"] * share).sum(),
                "same_reward": self.each((deviation == 0).float(), batch).mean()}
         if "turn" in batch:
             out["turns"] = self.each(batch["turn"].float(), batch).mean() * 2 + 1  # of an episode: 0, 1, …, n-1
+            sums, tokens = (self.engine.mean(mask.new_zeros(self.spec.turns).index_add(0, batch["turn"], v.sum(1)))
+                            for v in (old["entropy"] * mask, mask))
+            out["entropy_by_turn"] = (sums / tokens.clamp(min=1e-6)).sum() / (tokens > 0).sum().clamp(min=1)
         if "reference_log_prob" in old:
             out["kl"] = ((old["log_prob"] - old["reference_log_prob"]) * share).sum()
         return out

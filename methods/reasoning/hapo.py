@@ -21,7 +21,8 @@ highest temperature, the widest upper clip and enlarged advantages (sign=release
 gets the statistics under a name that it does not know, so that part 1 may never have run there.
 
 A deterministic token has y = log(1e-8) = -18.4, defines the lower end and squeezes all others' h to 0: `least_entropy` bounds it.
-The authors warn that the method is sensitive to the overlong penalty. Its reach of 10,240 tokens is not reproduced.
+The authors warn that the method is sensitive to the overlong penalty: where all responses are about as long as allowed, switch
+it off. Their reach of 10,240 tokens is not reproduced.
 """
 
 from __future__ import annotations

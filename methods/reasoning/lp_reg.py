@@ -15,7 +15,7 @@ policy drifts from the one that sampled. For A = -1, beta = 1 and kept mass 1 th
 Differences from the official code: it chooses S in every micro-batch (at share 0.01 nothing below 200 negative tokens, since one
 token alone is left out), here in the minibatch; it bounds the pull at 10, where the gradient of tokens 13 times below the proxy
 vanishes (`pull_cap`), here there is no bound but d's own of 20. The paper's 256 prompts, 14B policy and 1000 steps are not
-reproduced; a share of 0.05 to 0.1 and beta 5 to 10 are what small policies need.
+reproduced: in 150 steps on countdown its strength shows nothing, share 0.1 and beta 10 little.
 """
 
 from __future__ import annotations

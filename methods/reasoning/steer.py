@@ -12,8 +12,9 @@ official code's). Its power is 1, the paper's 2. A step's true first-order chang
 (log p_v + H)): Omega leaves the sum out, and has the sign wrong for a tenth of random states.
 
 One rare token sets the maximum, 1/pi_old being large there, so that w is about 1 everywhere else: at w_min 0.8 little is to be
-seen; `quantile` takes another level than the maximum. Controls: `permuted` deals the same weights out at random; `signed` damps
-only what lowers the entropy; `renormalise` divides the weights by their mean, since damping shrinks the step.
+seen (on countdown 0.05 is a start); `quantile` takes another level than the maximum. Controls: `permuted` deals the same
+weights out at random; `signed` damps only what lowers the entropy; `renormalise` divides the weights by their mean, since
+damping shrinks the step.
 """
 
 from __future__ import annotations

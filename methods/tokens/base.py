@@ -15,7 +15,6 @@ import contextlib
 import copy
 import dataclasses
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,21 +24,10 @@ from methods.tokens.engine import Sampler
 from methods.tokens.graphed import Graphed
 from methods.tokens.scoring import log_prob_and_entropy, score
 from runner.errors import UserError
-from runner.interface import Method, Spec, knob
+from runner.interface import Completions, Method, Spec, knob
 
 BETAS = (0.9, 0.95)  # AdamW's, as language models are trained
 PAD_TO = 32  # prompts of a tokeniser are padded to multiples of this: few widths, few captured graphs
-
-
-class Completions(NamedTuple):
-    """Responses to P prompts, `samples` each, those of one prompt next to each other: B = P * samples rows."""
-
-    texts: list[str]
-    prompt: Tensor       # (B, Tp) int64
-    prompt_mask: Tensor  # (B, Tp) bool
-    response: Tensor     # (B, T) int64
-    mask: Tensor         # (B, T) bool
-    log_prob: Tensor     # (B, T), the sampler's
 
 
 class TokenMethod(Method):

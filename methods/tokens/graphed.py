@@ -33,14 +33,14 @@ class Graphed:
     def trunk(self, rows: int, length: int):
         """A function ids (rows, length) -> hidden with gradient; None where the usual pass is the better one."""
         device = next(self.policy.parameters()).device
-        if not self.possible or device.type != "cuda":
+        if not self.possible or not torch.cuda.is_available() or device.type == "cpu":
             return None
-        half = torch.is_autocast_enabled("cuda")
+        half = torch.is_autocast_enabled(device.type)
         key = (rows, length, half, device)
         if key not in self.pairs:
             while len(self.pairs) >= KEPT:
                 self.pairs.pop(next(iter(self.pairs)))
             sample = torch.zeros(rows, length, dtype=torch.int64, device=device)
-            with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), enabled=half, cache_enabled=False):
+            with torch.autocast(device.type, torch.get_autocast_dtype(device.type), enabled=half, cache_enabled=False):
                 self.pairs[key] = torch.cuda.make_graphed_callables(_Call(self.policy.model).train(), (sample,))
         return self.pairs[key]

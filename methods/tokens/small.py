@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import string
-from pathlib import Path
 
+from methods.tokens.checkpoint import load_run
 from methods.tokens.tokenizer import Characters
 from methods.tokens.transformer import Shape, Transformer
 from runner.errors import UserError
@@ -48,21 +48,5 @@ class Small:
             mlp_width=c.mlp_width or -(-c.width * 8 // 3 // 8) * 8, tied=c.tied, qkv_bias=c.qkv_bias, rope_theta=c.rope_theta,
             context=c.context or spec.prompt_length + spec.response_length))
         if c.path:
-            self._load(policy, Path(c.path))
+            load_run(policy, c.path)
         return policy, tokenizer
-
-    @staticmethod
-    def _load(policy: Transformer, path: Path):
-        from safetensors.torch import load_file
-
-        file = path / "weights.safetensors" if path.is_dir() else path
-        if not file.is_file():
-            raise UserError(f"policy.path={path}: no weights there (looked for {file})\ngive the folder of a finished run")
-        found = {k.removeprefix("policy."): v for k, v in load_file(file).items() if not k.startswith(("reference.", "critic."))}
-        mine = policy.state_dict()
-        wrong = [k for k in mine if k not in found or found[k].shape != mine[k].shape]
-        if wrong:
-            there = tuple(found[wrong[0]].shape) if wrong[0] in found else "missing"
-            raise UserError(f"policy.path={path}: the weights there are of another shape: {wrong[0]} is {there}, this policy "
-                            f"needs {tuple(mine[wrong[0]].shape)}\nset policy.layers, policy.width, … as that run had them")
-        policy.load_state_dict({k: found[k] for k in mine})

@@ -95,6 +95,13 @@ def test_phases():
     assert phase(0, "decay") == 1 and phase(0.5, "decay") == pytest.approx(1 - 0.2 * (1 - math.exp(-2)))
     assert phase(1, "decay") == phase(7, "decay") == pytest.approx(0.8 * math.exp(-3))
     assert phase(0, "grow") == phase(1, "decay") and phase(1, "grow") == 1 and phase(0.3, "const") == 1
+    values = []
+    for updates in (0, 75):
+        method = bare(band_low=3.0, entropy_weight=1.0, alpha=1.0)
+        method.history.fill_(1.0)
+        method.updates = updates
+        values.append(method.penalty(rows([[1.0]], [0])[1]).item())
+    assert values == pytest.approx([-1 + 2 * 1, -1 + 2 * phase(0.5, "decay")])
     falling = [phase(i / 20, "decay") for i in range(21)]
     assert falling == sorted(falling, reverse=True)
 

@@ -163,6 +163,34 @@ def test_expand(words, expected):
     assert expand(words) == expected
 
 
+# ---- env=NAME:ARGUMENT ---------------------------------------------------------------------------------------------
+
+def test_an_argument_behind_the_name_sets_the_knob_that_the_card_names():
+    short = compose(["method=grpo", "env=reasoning_gym:gcd"], BOOK)
+    assert short.config["env"]["family"] == "gcd" and short.config["env"]["name"] == "reasoning_gym"
+    assert short.id == compose(["method=grpo", "env=reasoning_gym", "env.family=gcd"], BOOK).id != compose(
+        ["method=grpo", "env=reasoning_gym"], BOOK).id
+    assert rebuild(short.config, BOOK).id == short.id
+    assert compose(["method=grpo", "env=prompts/textfile:/data/a b.jsonl"], BOOK).config["env"]["file"] == "/data/a b.jsonl"
+    sweep = expand(["method=grpo", "env=reasoning_gym:gcd,reasoning_gym:lcm"])  # Hydra writes the colon with a backslash
+    assert [compose(words, BOOK).config["env"]["family"] for words in sweep] == ["gcd", "lcm"]
+
+
+@pytest.mark.parametrize("word, said", [("countdown:3", "env 'countdown' takes nothing after a colon; write env=countdown"),
+                                        ("reasoning_gym:", "followed by a family: reasoning_gym:FAMILY"),
+                                        ("reasoning_gim:gcd", "did you mean: reasoning_gym?")])
+def test_an_argument_that_makes_no_sense_is_refused(word, said):
+    with pytest.raises(UserError) as error:
+        compose(["method=grpo", f"env={word}"], BOOK)
+    assert said in str(error.value)
+
+
+def test_an_unknown_family_lists_near_ones(cli):
+    pytest.importorskip("reasoning_gym")
+    told = cli("method=grpo", "env=reasoning_gym:chian_sum", "size=smoke", "logger=none")
+    assert told.code == 2 and "unknown task family of reasoning_gym 'chian_sum'\ndid you mean: chain_sum" in told.err
+
+
 # ---- knobs ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind, value, expected", [
