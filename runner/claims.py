@@ -46,7 +46,7 @@ from runner.record import Record
 from runner.run import check_hardware, folder_of
 
 KEYS = {"hypothesis", "methods", "env", "size", "seeds", "overrides", "settings", "metric", "direction", "margin",
-        "refuted_by", "arms", "cost", "analysis", "also"}
+        "refuted_by", "arms", "cost", "analysis", "also", "planned"}
 ARM_KEYS = {"method", "role", "overrides", "tune", "sweep", "env"}
 NEEDED = ("hypothesis", "methods", "env", "metric", "arms", "refuted_by")
 TUNE_SEED = 1000  # tuning uses this seed and the next ones; claims start at 0

@@ -14,7 +14,9 @@ responses branch and keeps their entropy:
 No official code was to be had when this was written: fork rule, edges, the band's form and its weight are this project's
 reading of the abstract and of public summaries; squared bands and the three fork rules are the readings that remain. The KL, if
 there is one, is over F, too. renormalise=false divides by all tokens: the step shrinks five-fold, which alone looks like
-stability. A band slows the march to the majority's label, it cannot make a wrong majority right.
+stability. A band slows the march to the majority's label, it cannot make a wrong majority right. At 0.01 on modular a linear
+band goes on pushing when the votes agree and nothing else does: the policy drifts and labels go wrong; 0.003, or a squared
+band, does not.
 """
 
 from __future__ import annotations

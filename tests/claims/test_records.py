@@ -12,8 +12,19 @@ from runner import analyses, claims
 from runner.catalogue import Catalogue
 
 ROOT = Path(__file__).resolve().parents[2]
-EVERY = claims.paths()
+PLANS = claims.paths()
+EVERY = [n for n in PLANS if (ROOT / "claims" / f"{n}.json").is_file()]
 CHEAP = 60.0  # seconds of one seed's runs: only such claims are run again here
+
+
+def test_a_plan_without_a_record_says_since_when_it_waits():
+    """`planned: DATE`: hypothesis and margin stand since then, no run has been judged."""
+    waiting = [n for n in PLANS if n not in EVERY]
+    print("\nclaims that wait for their runs:", ", ".join(waiting) or "none")
+    for name in waiting:
+        since = claims.load(name, Catalogue()).text.get("planned")
+        assert since, f"conf/claim/…/{name}.yaml has no record in claims/, and no `planned: DATE`"
+        assert datetime.date.fromisoformat(str(since)) <= datetime.date.today()
 
 
 @pytest.mark.parametrize("name", EVERY)

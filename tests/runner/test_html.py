@@ -341,10 +341,11 @@ def test_search_and_sort_work_in_a_browser(page, tmp_path, capsys):
     done = browser(tmp_path / "phone.html", tmp_path, "--dump-dom", "--virtual-time-budget=5000")
     told = json.loads(html.unescape(re.search(r'<pre id="told">(.*?)</pre>', done.stdout, re.S)[1]))
     names = [m.name for m in Catalogue().all("method")]
+    natural = sorted(names, key=lambda n: n.replace("_", " "))  # a browser puts _ before digits
     assert told["title"] == "Ballast: methods, claims, runs" and told["scripts"] == 2 and told["images"] == 0
     assert told["form"] and told["all"] == names and told["cleared"] == len(names)
     assert told["found"] == ["adpo"] and told["count"] == f"1 of {len(names)}" and told["none"] == []
-    assert told["up"] == sorted(names) and told["down"] == sorted(names, reverse=True)
+    assert told["up"] == natural and told["down"] == natural[::-1]
     assert (told["aria"], told["aria2"], told["aria3"]) == ("ascending", "descending", [None] * 4 + ["ascending"])
     assert told["focused"] and told["verdicts"][:4] in (["adpo", "ddpg", "td3", "kd"], ["adpo", "td3", "ddpg", "kd"])
     assert told["width"] == 390 and told["overflow"] <= 0, "the page is wider than a phone"
