@@ -187,7 +187,7 @@ BAD = {
     "no key": ([*BASE, "=3"], ["'=3' is not an override"]),
     "open bracket": ([*BASE, "method.hidden=[64,64"], ["[64,64"]),
     "list what": (["list", "method"], ["method", "did you mean: methods"]),
-    "show what": (["show", "adpoo"], ["unknown method or env 'adpoo'", "adpo"]),
+    "show what": (["show", "adpoo"], ["unknown method, env or policy 'adpoo'", "adpo"]),
     "show nothing": (["show"], ["show adpo"]),
     "shell": (["completion", "fish"], ["unknown shell 'fish'", "zsh"]),
     "no shell": (["completion"], ["bash or zsh"]),
