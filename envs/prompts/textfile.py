@@ -140,7 +140,7 @@ def parquet(path: Path) -> Iterator[tuple[str, dict | str]]:
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path} is a parquet file, which needs the package pyarrow\n"
-                        "pip install pyarrow, or store the rows as .jsonl") from None
+                        "pip install -e '.[data]', or store the rows as .jsonl") from None
     try:
         table = pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
