@@ -10,6 +10,7 @@ random number generators. Nothing else may exist, or a killed run could not cont
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import NamedTuple
@@ -103,6 +104,7 @@ class Method(nn.Module):
     period = 1                       # the course of an update depends on its number modulo this (and on stage())
     seed = 0                         # the run's, and
     processes = (0, 1)               # (number of this process, how many train the run together): for streams that share work
+    autocast = contextlib.nullcontext  # the run's precision, as a context, for work outside `update` such as sampling
     blueprint = None                 # what builds the policy, where it is chosen apart from the method (group `policy`)
     batches = 1                      # of the world's batch size that make up the next update's batch (its first axis of rows)
 

@@ -127,7 +127,7 @@ class Loop:
         if fabric is not None:
             method.engine = FabricEngine(fabric)
             if fabric._precision.precision != "32-true":
-                self.autocast = fabric.autocast
+                self.autocast = method.autocast = fabric.autocast
 
     # -- state
     def state(self) -> dict:

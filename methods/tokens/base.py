@@ -116,12 +116,13 @@ class TokenMethod(Method):
         probable token. `fresh`: the weights may have changed since the last call."""
         if self._sampler is None:
             self._sampler, fresh = Sampler(self.policy), True
-        if fresh:
-            self._sampler.refresh()
         prompt, prompt_mask = self.encode(texts)
         steps = steps or self.response_length()
-        out = self._sampler.generate(prompt, prompt_mask, group=samples, steps=steps, eos=self.tokenizer.eos,
-                                     pad=self.tokenizer.pad, uniforms=uniforms, temperature=temperature, adjust=adjust)
+        with self.autocast():
+            if fresh:
+                self._sampler.refresh()
+            out = self._sampler.generate(prompt, prompt_mask, group=samples, steps=steps, eos=self.tokenizer.eos,
+                                         pad=self.tokenizer.pad, uniforms=uniforms, temperature=temperature, adjust=adjust)
         lengths = out.mask.sum(1).tolist()
         decoded = [self.tokenizer.decode(row[:n]) for row, n in zip(out.response.tolist(), lengths)]
         return Completions(decoded, prompt.repeat_interleave(samples, 0), prompt_mask.repeat_interleave(samples, 0),
