@@ -401,3 +401,19 @@ def test_episodes_stay_whole_when_batches_are_cut_and_joined():
     assert both["group"].tolist() == [0, 0, 0, 1, 1, 2, 2] and both["unit"].unique_consecutive().numel() == 6
     mean, _, size = group_statistics(both["reward"], both["group"], both["unit"])
     assert mean.tolist() == [0.5] * 7 and size.tolist() == [2] * 7
+
+
+@pytest.mark.parametrize("name", [n for n in BOOK.names("env") if "demonstrations" in BOOK.get("env", n).provides
+                                  and BOOK.get("env", n).card.get("data")])
+def test_a_start_s_recipe_composes_and_what_is_shipped_tells_where_it_is_from(name):
+
+    from envs.prompts.base import STARTS
+    from runner import data
+
+    entry = BOOK.get("env", name)
+    for size in data.SIZES:
+        job = compose(data.recipe(entry, size)["start"], BOOK)
+        assert job.env.name == name and job.config["method"]["name"] == "sft"
+    card = json.loads((STARTS / f"{name}.json").read_text())
+    assert card["env"] == name and card["dirty"] is False and card["metrics"]["pass_1"] > 0.05
+    assert (STARTS / f"{name}.safetensors").stat().st_size <= 1_000_000
