@@ -126,7 +126,8 @@ def _known_keys(methods, env, policy) -> list[str]:
 def _check_key(key, methods, env, policy):
     known = _known_keys(methods, env, policy)
     if key not in known:
-        raise unknown("key", key, known, f"`python -m runner show {methods[0].name}` lists its settings")
+        of = policy.name if policy and key.startswith("policy.") else methods[0].name
+        raise unknown("key", key, known, f"`python -m runner show {of}` lists its settings")
 
 
 def _hydra(methods, env, policy, overrides) -> dict:
