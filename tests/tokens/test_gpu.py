@@ -113,3 +113,33 @@ def test_no_logits_are_kept():
     assert torch.cuda.memory_allocated() - before < 2 ** 28
     sum(v.sum() for v in out.values()).backward()
     assert torch.cuda.max_memory_allocated() - before < 2 ** 30
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_captured_passes_give_the_usual_gradients(half):
+    """The trunk as two graphs (graphed.py), replayed with other rows and other weights."""
+    from methods.tokens.graphed import OFTEN, Graphed
+
+    model = policy()
+    graphed = Graphed(model)
+    with torch.autocast(**BF16, enabled=half):
+        for turn in range(OFTEN + 2):
+            torch.manual_seed(turn)
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(0.97)
+            prompt, mask = prompts(8, 9)
+            response = torch.randint(1, 19, (8, 6), device="cuda")
+            gradients, values = [], []
+            trunk = graphed.trunk(8, 15)
+            assert (trunk is not None) == (turn >= OFTEN - 1)
+            for through in (trunk, None):
+                for p in model.parameters():
+                    p.grad = None
+                told = score(model, prompt, mask, response, torch.ones_like(response).bool(), trunk=through)
+                (told["log_prob"].mean() + 0.1 * told["entropy"].mean()).backward()
+                values.append(told["log_prob"].detach().clone())
+                gradients.append({k: p.grad.clone() for k, p in model.named_parameters()})
+            torch.testing.assert_close(*values, atol=2e-2 if half else 1e-5, rtol=1e-4)
+            for key, value in gradients[1].items():
+                torch.testing.assert_close(gradients[0][key], value, atol=1e-3 if half else 1e-6, rtol=5e-2 if half else 1e-3)
