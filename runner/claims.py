@@ -389,6 +389,8 @@ def command(words: list[str], options: dict) -> int:
     for key in given:
         if key not in ("seeds", "runs", "hardware") and not key.startswith("hardware."):
             raise UserError(f"'{key}' belongs to the claim's plan and cannot be changed here; seeds, runs and hardware can")
+    if "hardware.seeds" in given:  # each of its runs would be taken for the first of an overlapping batch
+        raise UserError("a claim makes one run a seed; leave hardware.seeds out (seeds=N says how many there are)")
     if options.get("all"):
         names = list(paths())
     elif "family" in options:

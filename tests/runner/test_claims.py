@@ -212,6 +212,8 @@ def test_a_claim_runs_what_is_missing_judges_and_does_not_run_twice(plan, tmp_pa
     assert "not recorded" in capsys.readouterr().out
     with pytest.raises(UserError, match="cannot be changed here"):
         claims.command([*words, "size=paper"], {"include": []})
+    with pytest.raises(UserError, match="leave hardware.seeds out"):
+        claims.command([*words, "hardware.seeds=5"], {"include": []})
 
 
 def test_many_claims_are_corrected_together(plan, tmp_path):
