@@ -22,7 +22,7 @@ from torch import Tensor
 from methods.tokens import checkpoint, lora
 from methods.tokens.engine import Sampler
 from methods.tokens.graphed import Graphed
-from methods.tokens.scoring import log_prob_and_entropy, score
+from methods.tokens.scoring import buckets, log_prob_and_entropy, score
 from runner.errors import UserError
 from runner.interface import Completions, Method, Spec, knob
 
@@ -167,11 +167,12 @@ class TokenMethod(Method):
             value = loss(self.score(rows, measure, temperature, trunk=trunk))
             self.engine.backward(value)
         else:
-            parts = torch.arange(number, device=self.device()).split(c.micro_rows)
+            parts = buckets(rows["prompt_mask"].sum(1) + rows["mask"].sum(1), rows=c.micro_rows)  # of like length: little padding
             cut = [{k: rows[k][i] for k in ("prompt", "prompt_mask", "response", "mask")} for i in parts]
             with torch.no_grad():
                 seen = [self.score(part, measure, temperature) for part in cut]
-            leaves = {k: torch.cat([s[k] for s in seen]).requires_grad_() for k in seen[0]}
+            order = torch.cat(parts).argsort()
+            leaves = {k: torch.cat([s[k] for s in seen])[order].requires_grad_() for k in seen[0]}
             value = loss(leaves)
             self.engine.backward(value)
             gradients = {k: v.grad for k, v in leaves.items() if v.grad is not None}
