@@ -15,21 +15,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import zlib
 
 from envs.prompts.base import PromptWorld, known, share
-from envs.prompts.task import Drawn, Problem, Task, Verdict
+from envs.prompts.task import Generated, Problem, Verdict
 from runner.errors import UserError
 from runner.interface import Metric, knob
 
 APPLY = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
-MOST, KINDS = 999, 20  # the greatest value; prompts by checksum: 0 held out, else training
+MOST = 999  # the greatest value
 NUMBER = "(?:0|[1-9][0-9]{0,2})"
 ENDING, STEPS = re.compile(rf"=({NUMBER})\.\Z"), re.compile(rf"{NUMBER}[-+*][1-9]={NUMBER}")
 START, PARTS = re.compile("[0-9]+"), re.compile("([-+*])([1-9])")
 
 
-class Chain(Task):
+class Chain(Generated):
     alphabet, eos = "0123456789+-*=;. ", "."
 
     def __init__(self, least_steps: int = 2, most_steps: int = 5, p_err: float = 0.1, held_out: int = 256, seed: int = 0):
@@ -47,15 +46,6 @@ class Chain(Task):
                                 if 0 <= APPLY[op](reached, d) <= MOST])
             reached, text = APPLY[op](reached, d), text + f"{op}{d}"
         return Problem((text + "=").rjust(self.prompt_length), reached)
-
-    def train(self):
-        return Drawn(self.make, f"{self.seed}/train", accept=lambda p: self.kind(p) > 0)
-
-    def held_out(self):
-        return Drawn(self.make, f"{self.seed}/held out", self.size, lambda p: self.kind(p) == 0)
-
-    def kind(self, problem) -> int:
-        return zlib.crc32(f"{self.seed}/{problem.prompt}".encode()) % KINDS
 
     @staticmethod
     def steps(problem) -> tuple[int, list[tuple[str, int]]]:

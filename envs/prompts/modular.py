@@ -27,19 +27,17 @@ import dataclasses
 import functools
 import itertools
 import re
-import zlib
 
 from envs.prompts.base import PromptWorld, known, majority, share
-from envs.prompts.task import Drawn, Problem, Task, Verdict
+from envs.prompts.task import Drawn, Generated, Problem, Verdict
 from runner.errors import UserError
 from runner.interface import Metric, knob
 
 APPLY = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 ENDING, DIGITS = re.compile(r"=([0-9])\.\Z"), "0123456789"
-KINDS = 20  # prompts by checksum: 0 held out, 1 unlabelled, else training
 
 
-class Modular(Task):
+class Modular(Generated):
     """What the two tasks share. `slots` holds the characters that may stand at each place of a response."""
 
     eos, alphabet = ".", DIGITS + "+-*=;."
@@ -50,22 +48,13 @@ class Modular(Task):
         if not 0 <= p_err <= 1 or not 0 <= biased_p <= 1 or min(held_out, pool) < 1:
             raise UserError("p_err and biased_p lie between 0 and 1; held_out and pool are at least 1")
         self.p_err, self.biased_p, self.biased_from = p_err, biased_p, biased_from
-        self.sizes, self.seed, self.response_length = (held_out, pool), seed, len(self.slots)
-
-    def make(self, rng) -> Problem:
-        raise NotImplementedError
+        self.size, self.pool, self.seed, self.response_length = held_out, pool, seed, len(self.slots)
 
     def train(self):
         return Drawn(self.make, f"{self.seed}/train", accept=lambda p: self.kind(p) > 1)
 
-    def held_out(self):
-        return Drawn(self.make, f"{self.seed}/held out", self.sizes[0], lambda p: self.kind(p) == 0)
-
     def unlabelled(self):
-        return Drawn(self.make, f"{self.seed}/unlabelled", self.sizes[1], lambda p: self.kind(p) == 1)
-
-    def kind(self, problem) -> int:
-        return zlib.crc32(f"{self.seed}/{problem.prompt}".encode()) % KINDS
+        return Drawn(self.make, f"{self.seed}/unlabelled", self.pool, lambda p: self.kind(p) == 1)
 
     def verify(self, problem, response):
         if not (ending := ENDING.search(response)):

@@ -17,17 +17,16 @@ from __future__ import annotations
 
 import dataclasses
 import string
-import zlib
 
 from envs.prompts.base import PromptWorld
-from envs.prompts.task import Drawn, Problem, Task, Verdict
+from envs.prompts.task import Generated, Problem, Verdict
 from runner.errors import UserError
 from runner.interface import knob
 
-LETTERS, KINDS = string.ascii_lowercase, 20  # prompts by checksum: 0 held out, else training
+LETTERS = string.ascii_lowercase
 
 
-class Path(Task):
+class Path(Generated):
     alphabet, eos = LETTERS + ",|>=.", "."
 
     def __init__(self, nodes: int = 8, edges: int = 12, least: int = 2, most: int = 4, shortest: bool = False,
@@ -53,15 +52,6 @@ class Path(Task):
         rng.shuffle(edges)
         start, goal = planted[0], planted[-1]
         return Problem(f"{','.join(edges)}|{start}>{goal}=", (frozenset(edges), start, goal))
-
-    def train(self):
-        return Drawn(self.make, f"{self.seed}/train", accept=lambda p: self.kind(p) > 0)
-
-    def held_out(self):
-        return Drawn(self.make, f"{self.seed}/held out", self.size, lambda p: self.kind(p) == 0)
-
-    def kind(self, problem) -> int:
-        return zlib.crc32(f"{self.seed}/{problem.prompt}".encode()) % KINDS
 
     def verify(self, problem, response):
         edges, start, goal = problem.answer

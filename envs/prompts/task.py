@@ -7,6 +7,7 @@ demonstrations draw from the generator that is handed in. Its verifier never rai
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -99,6 +100,32 @@ class Drawn(Sequence):
         while not self.accept(problem := self.make(rng)):
             pass
         return problem
+
+
+KINDS = 20  # problems are told apart by a checksum: 0 held out, else training (or a further pool)
+
+
+def kind(seed: int, text: str) -> int:
+    return zlib.crc32(f"{seed}/{text}".encode()) % KINDS
+
+
+class Generated(Task):
+    """A task whose problems are drawn without end by make(rng); `size` of them are held out."""
+
+    seed: int
+    size: int
+
+    def make(self, rng: random.Random) -> Problem:
+        raise NotImplementedError
+
+    def train(self):
+        return Drawn(self.make, f"{self.seed}/train", accept=lambda p: self.kind(p) > 0)
+
+    def held_out(self):
+        return Drawn(self.make, f"{self.seed}/held out", self.size, lambda p: self.kind(p) == 0)
+
+    def kind(self, problem) -> int:
+        return kind(self.seed, problem.prompt)
 
 
 def split(problems: Sequence[Problem], share: float, seed: int) -> tuple[list[Problem], list[Problem]]:
