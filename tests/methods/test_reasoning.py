@@ -7,24 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from token_methods import assembled, bare
 
 from methods.reasoning.base import GroupPolicy, Rows, group_statistics, kl
 from methods.reasoning.batches import groups_of, join
 from methods.reasoning.clip_cov import covariance
 from methods.reasoning.reinforce_pp import whiten
 from methods.reasoning.siren import mean_at_peaks, nucleus_entropy, peaks
-from runner.catalogue import Catalogue
-from runner.compose import compose
-from runner.interface import make_config
-from runner.knobs import knobs_of
-from runner.run import assemble
-
-BOOK = Catalogue()
-
-
-def bare(cls=GroupPolicy, **values):
-    """A method without a policy, for its parts."""
-    return cls(make_config([cls.Config], {**{k.name: k.default for k in knobs_of(cls.Config)}, **values}))
 
 
 def minibatch(advantage, log_ratio, mask=None, **more) -> Rows:
@@ -33,11 +22,6 @@ def minibatch(advantage, log_ratio, mask=None, **more) -> Rows:
     a = a[:, None].expand_as(d) if a.dim() == 1 else a
     return Rows(advantage=a, log_ratio=d, ratio=d.exp(), log_prob=d, mask=mask, weight=torch.ones_like(d), low=0.2, high=0.2,
                 tokens=mask.sum(), count=len(d), told={}, number=0, **more)
-
-
-def assembled(*words):
-    job = compose([*words, "env=countdown", "size=smoke", "logger=none", "hardware=cpu"], BOOK)
-    return assemble(job)
 
 
 def test_group_statistics():
@@ -58,10 +42,10 @@ def test_grpo_advantage_of_binary_rewards():
     """At solve rate x the rare outcome gets sqrt((1-x)/x), by the population deviation."""
     r = torch.tensor([1.0] + [0.0] * 7)
     batch = {"reward": r, "group": torch.zeros(8, dtype=torch.long)}
-    a = bare().advantage(batch, {})
+    a = bare(GroupPolicy).advantage(batch, {})
     x, bessel = 1 / 8, math.sqrt(7 / 8)
     assert a[0].item() == pytest.approx(math.sqrt((1 - x) / x) * bessel, rel=1e-5)
-    assert bare(scale="none").advantage(batch, {}).tolist() == pytest.approx([7 / 8] + [-1 / 8] * 7)
+    assert bare(GroupPolicy, scale="none").advantage(batch, {}).tolist() == pytest.approx([7 / 8] + [-1 / 8] * 7)
 
 
 def test_rloo_is_dr_grpo_times_g_over_g_minus_1():
@@ -72,7 +56,7 @@ def test_rloo_is_dr_grpo_times_g_over_g_minus_1():
     a = bare(RLOO).advantage(batch, {})
     for i in range(8):
         assert a[i].item() == pytest.approx((r[i] - (r.sum() - r[i]) / 7).item(), abs=1e-6)
-    torch.testing.assert_close(a, 8 / 7 * bare(scale="none").advantage(batch, {}))
+    torch.testing.assert_close(a, 8 / 7 * bare(GroupPolicy, scale="none").advantage(batch, {}))
     assert bare(RLOO).advantage({"reward": torch.ones(1), "group": torch.zeros(1, dtype=torch.long)}, {}).tolist() == [0]
 
 
@@ -82,13 +66,13 @@ def test_rloo_is_dr_grpo_times_g_over_g_minus_1():
 def test_aggregation(mode, expected):
     rows = minibatch([1.0, 1.0], [[0, 0, 0], [0, 0, 0]], [[1, 1, 0], [1, 0, 0]])
     values = torch.tensor([[1.0, 2, 100], [3, 100, 100]])
-    assert bare(aggregation=mode).aggregate(values, rows).item() == pytest.approx(expected)
+    assert bare(GroupPolicy, aggregation=mode).aggregate(values, rows).item() == pytest.approx(expected)
 
 
 def test_clip_and_dual_clip():
     rows = minibatch([[1.0, 1, -1, -1, -1]], [[math.log(2), math.log(0.5), math.log(2), math.log(0.5), math.log(10)]])
-    assert bare().surrogate(rows).tolist()[0] == pytest.approx([-1.2, -0.5, 2.0, 0.8, 10.0])
-    assert bare(dual_clip=3.0).surrogate(rows).tolist()[0] == pytest.approx([-1.2, -0.5, 2.0, 0.8, 3.0])
+    assert bare(GroupPolicy).surrogate(rows).tolist()[0] == pytest.approx([-1.2, -0.5, 2.0, 0.8, 10.0])
+    assert bare(GroupPolicy, dual_clip=3.0).surrogate(rows).tolist()[0] == pytest.approx([-1.2, -0.5, 2.0, 0.8, 3.0])
 
 
 def test_the_kl_estimators_gradients_by_enumeration():

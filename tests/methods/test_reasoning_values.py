@@ -3,38 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
+from token_methods import assembled, bare
 
 from methods.reasoning.entropy_advantage import EntropyAdvantage
 from methods.reasoning.token_ppo import TokenPPO, discounted_sums, gae
-from runner.catalogue import Catalogue
-from runner.compose import compose
-from runner.interface import make_config
-from runner.knobs import knobs_of
-from runner.run import assemble
-
-BOOK = Catalogue()
-
-
-def bare(cls, **values):
-    """A method without a policy, for its parts."""
-    return cls(make_config([cls.Config], {**{k.name: k.default for k in knobs_of(cls.Config)}, **values}))
-
-
-@functools.cache
-def composed(*words):
-    return compose([*words, "env=countdown", "size=smoke", "logger=none", "hardware=cpu"], BOOK)
-
-
-def assembled(*words, **settings):
-    """settings: of the method, put in after it is built (composing is slow)."""
-    method, world, stream = assemble(composed("method=token_ppo", *words))
-    method.config = dataclasses.replace(method.config, **settings)
-    return method, world, stream
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, 8, 13])
@@ -88,7 +64,7 @@ def test_advantages_are_whitened_and_returns_are_not():
 
 
 def test_the_critic_starts_as_the_policy_s_trunk_and_says_0():
-    method, _, stream = assembled()
+    method, _, stream = assembled("method=token_ppo")
     trunk = method.policy.model.state_dict()
     assert all(torch.equal(v, trunk[k]) for k, v in method.critic.trunk.state_dict().items())
     ours, theirs = {id(p) for p in method.critic.parameters()}, {id(p) for p in method.policy.parameters()}
@@ -123,7 +99,7 @@ def test_the_value_loss_is_clipped_as_the_ratio_is():
 
 
 def test_the_critic_learns_what_the_rewards_are():
-    method, _, stream = assembled("method.critic_rate=0.003", learning_rate=0.0, whiten=False)
+    method, _, stream = assembled("method=token_ppo", "method.critic_rate=0.003", learning_rate=0.0, whiten=False)
     batch = stream.next()
     batch["reward"] = torch.ones_like(batch["reward"])
     told = [method.update(batch) for _ in range(8)]
@@ -133,7 +109,7 @@ def test_the_critic_learns_what_the_rewards_are():
 def test_the_critic_s_step_does_not_depend_on_micro_batches():
     gradients = []
     for micro in (0, 3):
-        method, _, stream = assembled(micro_rows=micro, minibatches=1)
+        method, _, stream = assembled("method=token_ppo", micro_rows=micro, minibatches=1)
         method.critic.head.data.fill_(0.1)  # else its trunk has no gradient yet
         method.update(stream.next())
         gradients.append({k: p.grad.clone() for k, p in method.critic.named_parameters()})
