@@ -1,13 +1,15 @@
 """GRPO steps beside TRL's GRPOTrainer: the same transformer shape, batch and lengths, both in one run.
 
     python scripts/bench/grpo_step.py [--shape tiny half-billion] [--steps 5] [--without-trl] [--device cuda] [--minibatches 1]
+    torchrun --nproc-per-node 2 scripts/bench/grpo_step.py --shape half-billion --without-trl [--split]    data-parallel
 
     tiny          4 layers x 256, vocabulary 256, 256 rows (32 prompts x 8), prompt 32, completion 32
     half-billion  Qwen2-0.5B's shape: 24 x 896, 14 heads, 2 of keys, MLP 4864, vocabulary 151,936, 64 rows (8 x 8),
                   prompt 128, completion 256
 
 Weights are random, so that responses are as long as they may be. Ours runs as in training: stream (sampling, verifying) and
-update, with bf16 autocast on a GPU. Prints seconds a step (median), completion tokens a second, peak memory, and floors: the
+update, with bf16 autocast on a GPU. Under torchrun every process has the shape's rows (or with --split its share of them), the
+gradients are averaged as in a run, and tokens are counted over all processes. Prints seconds a step (median), completion tokens a second, peak memory, and floors: the
 least time in which an H100 could read the weights once a token while decoding (bytes) and do the arithmetic of scoring and
 backward (FLOPs).
 """
@@ -15,6 +17,7 @@ backward (FLOPs).
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
 import sys
@@ -33,6 +36,8 @@ from methods.tokens.small import Small  # noqa: E402
 from runner.draws import Draws  # noqa: E402
 from runner.interface import make_config  # noqa: E402
 from runner.knobs import knobs_of  # noqa: E402
+from runner.loop import FabricEngine  # noqa: E402
+from runner.parallel import share  # noqa: E402
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,"
 SHAPES = {
@@ -73,7 +78,7 @@ class World(PromptWorld):
         return {}
 
 
-def ours(shape: dict, steps: int, device: str, minibatches: int) -> dict:
+def ours(shape: dict, steps: int, device: str, minibatches: int, fabric=None) -> dict:
     policy = Small(make_config([Small.Config], {**{k.name: k.default for k in knobs_of(Small.Config)}, **shape["policy"]}))
     knobs = {k.name: k.default for k in knobs_of(GRPO.Config)}
     knobs |= {"prompts": shape["prompts"], "samples": shape["samples"], "minibatches": minibatches}
@@ -83,12 +88,19 @@ def ours(shape: dict, steps: int, device: str, minibatches: int) -> dict:
     method.blueprint = policy
     method.setup(world.spec())
     method.to(device)
+    processes = 1
+    if fabric is not None:
+        processes, method.processes = fabric.world_size, (fabric.global_rank, fabric.world_size)
+        share(method, fabric, "ddp")
+        method.engine = FabricEngine(fabric)
     method.make_optimizers()
     method.draws = Draws(0, device)
     stream = world.stream(method, "prompts", 0)
     times, sampling, tokens = [], [], 0
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         for step in range(steps + 3):
+            if fabric is not None:
+                fabric.barrier()
             begin = now(device)
             batch = stream.next()
             middle = now(device)
@@ -100,7 +112,7 @@ def ours(shape: dict, steps: int, device: str, minibatches: int) -> dict:
                 tokens += int(batch["mask"].sum())
             elif step == 0 and device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-    return {"seconds": statistics.median(times), "sampling": statistics.median(sampling), "tokens": tokens / len(times),
+    return {"seconds": statistics.median(times), "sampling": statistics.median(sampling), "tokens": processes * tokens / len(times),
             "memory": torch.cuda.max_memory_allocated() if device == "cuda" else 0,
             "parameters": sum(p.numel() for p in method.policy.parameters())}
 
@@ -176,13 +188,25 @@ def main():
     parser.add_argument("--minibatches", type=int, default=1)
     parser.add_argument("--without-trl", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--split", action="store_true", help="under torchrun: the shape's rows are shared, not repeated")
     a = parser.parse_args()
     torch.set_float32_matmul_precision("high")
+    fabric, processes, device = None, int(os.environ.get("WORLD_SIZE", 1)), a.device
+    if processes > 1:
+        from lightning.fabric import Fabric
+
+        fabric = Fabric(accelerator="gpu" if a.device == "cuda" else "cpu", devices=processes, strategy="ddp")
+        fabric.launch()
+        a.without_trl = True
     for name in a.shape:
         shape = SHAPES[name]
-        mine = ours(shape, a.steps, a.device, a.minibatches)
+        if a.split:
+            shape = {**shape, "prompts": shape["prompts"] // processes}
+        mine = ours(shape, a.steps, device, a.minibatches, fabric)
+        if fabric is not None and fabric.global_rank > 0:
+            continue
         decode, train = floors(shape, mine["parameters"])
-        print(f"{name}: {mine['parameters']:,} parameters; ours {mine['seconds']:.4f} s/step (sampling {mine['sampling']:.4f}), "
+        print(f"{name}{f', {processes} processes' * (processes > 1)}: {mine['parameters']:,} parameters; ours {mine['seconds']:.4f} s/step (sampling {mine['sampling']:.4f}), "
               f"{mine['tokens'] / mine['seconds']:,.0f} completion tokens/s, peak {mine['memory'] / 2**30:.1f} GiB; floors on an "
               f"H100: decoding {decode:.4f} s, scoring and backward {train:.4f} s", flush=True)
         if not a.without_trl:

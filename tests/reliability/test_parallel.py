@@ -13,11 +13,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(tmp_path, *words, world="pointmass", devices=2):
+def run(tmp_path, *words, world="pointmass", devices=2, accelerator="cpu"):
     tmp_path.mkdir(exist_ok=True)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", "runner", *words, f"env={world}", "size=smoke", "loop.steps=12",
-                           "loop.save_steps=5", "loop.log_every=2", f"hardware.devices={devices}", "hardware.accelerator=cpu",
+                           "loop.save_steps=5", "loop.log_every=2", f"hardware.devices={devices}", f"hardware.accelerator={accelerator}",
                            "logger=none", "--quiet", f"runs={tmp_path}"],
                           env=env, capture_output=True, text=True, cwd=tmp_path, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -63,13 +63,24 @@ def test_two_processes_on_policy(method, tmp_path):
     assert observed and any((ranks[0][k] != ranks[1][k]).any() for k in observed)
 
 
+def accelerators() -> list[str]:
+    import torch
+
+    if torch.cuda.device_count() > 1:
+        return ["cpu", "gpu"]
+    print("\ntests/reliability/test_parallel.py: two GPUs NOT EXERCISED, they are not here")
+    return ["cpu"]
+
+
+@pytest.mark.parametrize("accelerator", accelerators())
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean"])
-def test_two_processes_share_a_batch_of_prompts(aggregation, tmp_path):
+def test_two_processes_share_a_batch_of_prompts(aggregation, accelerator, tmp_path):
     """Two processes with two prompts each do what one does with four: the same problems, numbers, denominators and losses."""
     lines = []
     for devices, prompts in ((1, 4), (2, 2)):
         folder = run(tmp_path / str(devices), "method=grpo", f"method.prompts={prompts}", "method.minibatches=1",
-                     f"method.aggregation={aggregation}", "method.learning_rate=0.001", world="countdown", devices=devices)
+                     f"method.aggregation={aggregation}", "method.learning_rate=0.001", world="countdown", devices=devices,
+                     accelerator=accelerator)
         lines.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
     for one, two in zip(*lines, strict=True):
         assert one["responses"] == two["responses"]
