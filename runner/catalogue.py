@@ -128,15 +128,15 @@ class Catalogue:
             check_composition(entries)
         return entries
 
-    def policy(self, methods: list[Entry], name: str = "") -> Entry | None:
-        """The policy that these methods train, for families where it is chosen apart (the card's `policy` is the default);
-        None for methods that build their own."""
+    def policy(self, methods: list[Entry], name: str = "", env: Entry | None = None) -> Entry | None:
+        """The policy that these methods train, for families where it is chosen apart (the card's `policy` is the default, the
+        env's before the method's); None for methods that build their own."""
         default = next((m.card["policy"] for m in methods if m.card.get("policy")), None)
         if default is None:
             if name:
                 raise UserError(f"policy={name}: method '{methods[0].name}' builds its own networks; leave policy out")
             return None
-        return self.get("policy", name or default)
+        return self.get("policy", name or (env.card.get("policy") if env else None) or default)
 
     def fitting(self, methods: list[Entry]) -> list[str]:
         """Names of the envs that provide a kind of batches that all these methods can learn from."""

@@ -75,7 +75,7 @@ def compose(words: list[str], book: catalogue.Catalogue) -> Job:
         if group in chosen and chosen[group] not in book.names(group):
             raise unknown(group, chosen[group], book.names(group))
     book.check_pairing(methods, env)
-    policy = book.policy(methods, chosen.get("policy", ""))
+    policy = book.policy(methods, chosen.get("policy", ""), env)
 
     size = chosen.get("size", "claim")
     weak = []

@@ -38,6 +38,9 @@ class Spec:
     end: str | None = None                # the character that ends a response, part of it
     prompt_length: int | None = None      # most tokens of a prompt, and of a response; characters where the alphabet counts
     response_length: int | None = None
+    contexts: int | None = None           # where a prompt is one of so many contexts and a response one of so many arms:
+    arms: int | None = None               # both one token of the alphabet, which names the arms first
+    features: int | None = None           # numbers that describe an arm in a context
     turns: int | None = None              # most turns of an episode, where a prompt and its response are one of several
     seeds: int | None = None              # seeds trained at once: a leading axis of every tensor; None: no such axis
 

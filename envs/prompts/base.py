@@ -169,6 +169,8 @@ class PromptWorld(World):
         "invalid_mass": Metric("min", "", "probability given to tokens that no well-formed response has there"),
     }
 
+    starts = STARTS  # the folder of what is shipped
+
     def __init__(self, config, device="cpu"):
         super().__init__(config, device)
         key = (type(self), dataclasses.astuple(config))  # a task never changes: worlds made alike share it
@@ -215,7 +217,7 @@ class PromptWorld(World):
         c = self.config
         if c.start == "none":
             return {}
-        path = STARTS / f"{Path(c.own).parent.name}.safetensors" if c.start == "shipped" else \
+        path = self.starts / f"{Path(c.own).parent.name}.safetensors" if c.start == "shipped" else \
             data_root() / own_id(c.own, c.data_size) / "start.safetensors"
         if not path.is_file():
             raise UserError(f"no starting weights of this env are shipped: {path.name}\nbuild them: env.start=own, or begin from "

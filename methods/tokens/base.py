@@ -197,6 +197,16 @@ class TokenMethod(Method):
         hidden = self.policy.hidden(ids, mask)[:, rows.prompt.shape[1] - 1:-1]
         return (hidden @ self.policy.head.T).float().log_softmax(-1)
 
+    def with_weights(self, weights: dict[str, Tensor]) -> TokenMethod:
+        """The same method with other weights in its policy, to evaluate beside it. What it samples and scores is theirs."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._modules = dict(self._modules)
+        other.policy = copy.deepcopy(self.policy)
+        other.policy.load_state_dict(weights)
+        other._sampler, other._graphed = None, None
+        return other
+
     def export(self):
         return dict(self.policy.state_dict()), {"kind": "transformer"}
 

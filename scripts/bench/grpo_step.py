@@ -9,9 +9,9 @@
 
 Weights are random, so that responses are as long as they may be. Ours runs as in training: stream (sampling, verifying) and
 update, with bf16 autocast on a GPU. Under torchrun every process has the shape's rows (or with --split its share of them), the
-gradients are averaged as in a run, and tokens are counted over all processes. Prints seconds a step (median), completion tokens a second, peak memory, and floors: the
-least time in which an H100 could read the weights once a token while decoding (bytes) and do the arithmetic of scoring and
-backward (FLOPs).
+gradients are averaged as in a run, and tokens are counted over all processes. Prints seconds a step (median), completion tokens
+a second, peak memory, and floors: the least time in which an H100 could read the weights once a token while decoding (bytes) and
+do the arithmetic of scoring and backward (FLOPs).
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ def ours(shape: dict, steps: int, device: str, minibatches: int, fabric=None) ->
                 tokens += int(batch["mask"].sum())
             elif step == 0 and device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-    return {"seconds": statistics.median(times), "sampling": statistics.median(sampling), "tokens": processes * tokens / len(times),
+    return {"seconds": statistics.median(times), "sampling": statistics.median(sampling),
+            "tokens": processes * tokens / len(times),
             "memory": torch.cuda.max_memory_allocated() if device == "cuda" else 0,
             "parameters": sum(p.numel() for p in method.policy.parameters())}
 
@@ -206,7 +207,8 @@ def main():
         if fabric is not None and fabric.global_rank > 0:
             continue
         decode, train = floors(shape, mine["parameters"])
-        print(f"{name}{f', {processes} processes' * (processes > 1)}: {mine['parameters']:,} parameters; ours {mine['seconds']:.4f} s/step (sampling {mine['sampling']:.4f}), "
+        print(f"{name}{f', {processes} processes' * (processes > 1)}: {mine['parameters']:,} parameters; ours "
+              f"{mine['seconds']:.4f} s/step (sampling {mine['sampling']:.4f}), "
               f"{mine['tokens'] / mine['seconds']:,.0f} completion tokens/s, peak {mine['memory'] / 2**30:.1f} GiB; floors on an "
               f"H100: decoding {decode:.4f} s, scoring and backward {train:.4f} s", flush=True)
         if not a.without_trl:

@@ -17,7 +17,8 @@ def run(tmp_path, *words, world="pointmass", devices=2, accelerator="cpu"):
     tmp_path.mkdir(exist_ok=True)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", "runner", *words, f"env={world}", "size=smoke", "loop.steps=12",
-                           "loop.save_steps=5", "loop.log_every=2", f"hardware.devices={devices}", f"hardware.accelerator={accelerator}",
+                           "loop.save_steps=5", "loop.log_every=2", f"hardware.devices={devices}",
+                           f"hardware.accelerator={accelerator}",
                            "logger=none", "--quiet", f"runs={tmp_path}"],
                           env=env, capture_output=True, text=True, cwd=tmp_path, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]

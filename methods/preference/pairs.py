@@ -1,0 +1,181 @@
+"""Preference pairs: the algorithm that this family's methods on pairs change. As it stands it is DPO.
+
+For a prompt x with a preferred response y_w and a dispreferred one y_l, with log-probabilities of tokens under the policy and
+under the reference (the policy as it was at the start; its own are computed once, before training):
+
+    1. measure       numbers of every response token from its logits: log_prob                        (additive)
+    2. worth         s(y) (2, b) of both sides: rho(y) = sum_t [ log pi(y_t) - log pi_ref(y_t) ]
+    3. margin        g (b,) that is taken off; none here                                             (additive)
+    4. link          phi(z) (b,), z = beta (s_w - s_l) - g:  -p log sigma(z) - (1-p) log sigma(-z), p = P(y_w beats y_l),
+                     1 where the data has no such probability
+    5. weigh         w (b,), without gradient; 1 here                                                (additive: multiply)
+    6. loss          L = mean_b[ w phi ]
+    7. penalty       added to L; none here                                                           (additive)
+    8. after_update  upkeep after the optimiser's step                                               (additive)
+
+Both sides go through the policy in one pass. Log-probabilities are float32 sums over response tokens, prompts left out.
+Policies over arms (policy=arms) are policies whose responses have one token: every method of this family runs on both.
+
+Source: Rafailov et al. 2023 (DPO, arXiv 2305.18290).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from methods.tokens import scoring
+from methods.tokens.base import TokenMethod
+from runner.interface import knob
+
+SIDES = ("chosen", "rejected")
+AT_ONCE = 256  # rows whose reference log-probabilities are computed at once, before training
+
+
+class Pairs(SimpleNamespace):
+    """A batch of b pairs on its way through the parts; every tensor with a leading axis of the two sides, chosen first:
+
+    now          what `measure` told, {name: (2, b, T)}, with gradient;  log_prob = now["log_prob"]
+    reference    log-probabilities under the reference, (2, b, T); zeros where the method needs none
+    mask         (2, b, T);  length = mask.sum(-1)
+    ratio        log_prob - reference (2, b, T);  rho = its sum over tokens (2, b)
+    label        (b,) P(chosen beats rejected);  batch: the batch's own columns;  told: metrics, parts add theirs
+    """
+
+
+class PairPolicy(TokenMethod):
+    @dataclasses.dataclass(frozen=True)
+    class Config(TokenMethod.Config):
+        beta: float = knob(0.1, "strength of the tie to the reference: beta rho is the implicit reward", low=0.0, source="paper")
+
+    PARTS = ("measure", "worth", "margin", "link", "weigh", "loss", "penalty", "after_update")
+    ADDITIVE = ("measure", "margin", "weigh", "penalty", "after_update")
+
+    def needs_reference(self):
+        return True
+
+    def prepare(self, data):
+        """The reference's log-probability of every stored response token, as columns beside it: nothing of it is computed
+        again. (N, T) float32 a side."""
+        super().prepare(data)
+        if "chosen" not in data or not self.needs_reference():
+            return None
+        columns = {k: v for k, v in data.items() if not k.startswith("start/")}
+        for side in SIDES:
+            parts = torch.arange(len(data[side])).split(AT_ONCE)
+            told = [self.score_reference({"prompt": data["prompt"][i], "prompt_mask": data["prompt_mask"][i],
+                                          "response": data[side][i], "mask": data[f"{side}_mask"][i]})["log_prob"] for i in parts]
+            columns[f"{side}_reference"] = torch.cat(told)
+        return columns
+
+    def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """batch: prompt, prompt_mask (b, Tp); chosen, rejected, their _mask and _reference (b, T); label (b,)."""
+        self.schedule(self.updates, self.planned)
+        rows, pairs = self.rows(batch), self.pairs(batch)
+
+        def loss(now: dict[str, Tensor]) -> Tensor:
+            self.see(pairs, now)
+            value, penalty = self.loss(pairs), self.penalty(pairs)
+            return value if penalty is None else value + penalty
+
+        value = self.fit(rows, self.measuring(), 1.0, loss)
+        with torch.no_grad():
+            told = {"loss": value, **self.summary(pairs), **pairs.told}
+        self.after_update(pairs)
+        return told
+
+    # -- the two sides of a pair as rows of one batch
+    @staticmethod
+    def rows(batch) -> dict[str, Tensor]:
+        """chosen rows, then rejected ones: prompt, prompt_mask, response, mask (2 b, …)."""
+        return {"prompt": batch["prompt"].repeat(2, 1), "prompt_mask": batch["prompt_mask"].repeat(2, 1),
+                "response": torch.cat([batch[s] for s in SIDES]), "mask": torch.cat([batch[f"{s}_mask"] for s in SIDES])}
+
+    def pairs(self, batch) -> Pairs:
+        mask = torch.stack([batch[f"{s}_mask"] for s in SIDES]).float()
+        known = "chosen_reference" in batch
+        reference = torch.stack([batch[f"{s}_reference"] for s in SIDES]) if known else torch.zeros_like(mask)
+        return Pairs(batch=batch, mask=mask, length=mask.sum(-1), reference=reference, label=batch["label"], told={})
+
+    def see(self, pairs: Pairs, now: dict[str, Tensor]):
+        """Put what was measured of the rows (2 b, T) beside its pairs."""
+        pairs.now = {k: v.view(pairs.mask.shape) for k, v in now.items()}
+        pairs.log_prob = pairs.now["log_prob"]
+        pairs.ratio = (pairs.log_prob - pairs.reference) * pairs.mask
+        pairs.rho = pairs.ratio.sum(-1)
+
+    def measuring(self):
+        """The part `measure`, or, where it adds nothing, the quicker way of scoring.py."""
+        return self.measure if self.measures_more() else scoring.log_prob
+
+    def measures_more(self) -> bool:
+        """See methods/reasoning/base.py: whether `measure` has more to tell at these settings than the base."""
+        return any("measure" in vars(c) and "measures_more" not in vars(c) for c in type(self).__mro__ if c is not PairPolicy)
+
+    def summary(self, pairs: Pairs) -> dict[str, Tensor]:
+        """Metrics: how far the log-probabilities of both sides have moved, the margin in them, the implicit accuracy."""
+        chosen, rejected = pairs.rho.detach()
+        gap = chosen - rejected
+        return {"chosen": chosen.mean(), "rejected": rejected.mean(), "margin": gap.mean(), "fallen": (chosen < 0).float().mean(),
+                "accuracy": (torch.sign(gap) / 2 + 0.5).mean()}
+
+    def difference(self, pairs: Pairs) -> Tensor:
+        """z (b,) = beta (s_w - s_l) - g, as the parts worth and margin say."""
+        s, margin = self.worth(pairs), self.margin(pairs)
+        z = self.config.beta * (s[0] - s[1])
+        return z if margin is None else z - margin
+
+    # -- parts
+    def measure(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """logits (n, V), target (n,) -> {name: (n,)}; overriders add to super()'s."""
+        return scoring.log_prob(logits, target)
+
+    def worth(self, pairs: Pairs) -> Tensor:
+        """s (2, b)"""
+        return pairs.rho
+
+    def margin(self, pairs: Pairs) -> Tensor | None:
+        """g (b,), without gradient; overriders add to super()'s (None counts as zero)."""
+        return None
+
+    def link(self, z: Tensor, pairs: Pairs) -> Tensor:
+        """phi (b,)"""
+        return logistic(z, pairs.label)
+
+    def weigh(self, z: Tensor, pairs: Pairs) -> Tensor | None:
+        """w (b,), without gradient; overriders multiply super()'s (None counts as one)."""
+        return None
+
+    def loss(self, pairs: Pairs) -> Tensor:
+        """L, a scalar"""
+        z = self.difference(pairs)
+        with torch.no_grad():
+            weight = self.weigh(z.detach(), pairs)
+        losses = self.link(z, pairs)
+        return losses.mean() if weight is None else (weight * losses).mean()
+
+    def penalty(self, pairs: Pairs) -> Tensor | None:
+        """Added to the loss; overriders add to super()'s (None counts as zero)."""
+        return None
+
+    def after_update(self, pairs: Pairs):
+        """After the optimiser's step; overriders call super()'s."""
+
+
+def logistic(z: Tensor, p: Tensor) -> Tensor:
+    """-p log sigma(z) - (1 - p) log sigma(-z), elementwise."""
+    return -(p * F.logsigmoid(z) + (1 - p) * F.logsigmoid(-z))
+
+
+def plus(penalty: Tensor | None, more: Tensor) -> Tensor:
+    """A part's own term beside super()'s."""
+    return more if penalty is None else penalty + more
+
+
+def times(weight: Tensor | None, more: Tensor) -> Tensor:
+    """A part's own weight beside super()'s."""
+    return more if weight is None else weight * more
