@@ -30,6 +30,7 @@ from torch import Tensor
 
 from methods.tokens import scoring
 from methods.tokens.base import TokenMethod
+from methods.tokens.graphed import SMALL
 from runner.interface import knob
 
 SIDES = ("chosen", "rejected")
@@ -54,6 +55,8 @@ class PairPolicy(TokenMethod):
 
     PARTS = ("measure", "worth", "margin", "link", "weigh", "loss", "penalty", "after_update")
     ADDITIVE = ("measure", "margin", "weigh", "penalty", "after_update")
+
+    _large: bool | None = None  # whether the policy is one whose passes over prompts are worth sharing
 
     def needs_reference(self):
         return True
@@ -89,11 +92,24 @@ class PairPolicy(TokenMethod):
         return told
 
     # -- the two sides of a pair as rows of one batch
-    @staticmethod
-    def rows(batch) -> dict[str, Tensor]:
-        """chosen rows, then rejected ones: prompt, prompt_mask, response, mask (2 b, …)."""
-        return {"prompt": batch["prompt"].repeat(2, 1), "prompt_mask": batch["prompt_mask"].repeat(2, 1),
+    def rows(self, batch) -> dict[str, Tensor]:
+        """chosen rows, then rejected ones: prompt, prompt_mask, response, mask (2 b, …). Where arithmetic takes the time, their
+        prompts stay (b, …): both sides then share one pass over them."""
+        b = len(batch["prompt"])
+        times = 1 if self.forks(2 * b) else 2
+        return {"prompt": batch["prompt"].repeat(times, 1), "prompt_mask": batch["prompt_mask"].repeat(times, 1),
                 "response": torch.cat([batch[s] for s in SIDES]), "mask": torch.cat([batch[f"{s}_mask"] for s in SIDES])}
+
+    def forks(self, rows: int) -> bool:
+        if self._large is None:
+            self._large = hasattr(self.policy, "model") and sum(p.numel() for p in self.policy.parameters()) > SMALL
+        return self._large and not 0 < self.config.micro_rows < rows
+
+    def score(self, rows, measure=scoring.log_prob_and_entropy, temperature=1.0, policy=None, trunk=None):
+        if len(rows["prompt"]) == len(rows["response"]):
+            return super().score(rows, measure, temperature, policy, trunk)
+        return scoring.score_forked(policy or self.policy, rows["prompt"], rows["prompt_mask"], rows["response"],
+                                    rows["mask"].bool(), measure, temperature)
 
     def pairs(self, batch) -> Pairs:
         mask = torch.stack([batch[f"{s}_mask"] for s in SIDES]).float()

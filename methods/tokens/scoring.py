@@ -58,6 +58,42 @@ def score(policy, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: T
     return {name: zeros.index_copy(0, picked, value.float()).view(mask.shape) for name, value in values.items()}
 
 
+def score_forked(policy, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: Tensor,
+                 measure: Measure = log_prob_and_entropy, temperature: float = 1.0) -> dict[str, Tensor]:
+    """`score` of several responses to each prompt, which goes through the trunk once: b prompts (b, Tp), responses (s * b, T),
+    the first of every prompt, then the second of every prompt, …; what is told is (s * b, T).
+
+    A row is [prompt | first | second | …] without padding between; a response sees its prompt and itself, and its positions
+    go on from the prompt's. Needs the project's own Transformer."""
+    b = len(prompt)
+    sides = len(response) // b
+    ids = torch.cat([prompt, *response.view(sides, b, -1).unbind(0)], 1)
+    whole = torch.cat([prompt_mask, *mask.view(sides, b, -1).unbind(0)], 1)
+    widths = torch.tensor([prompt.shape[1], *[response.shape[1]] * sides], device=ids.device)
+    part = torch.arange(sides + 1, device=ids.device).repeat_interleave(widths).expand_as(ids)  # 0: of the prompt
+    ids, order = pack(ids, whole)
+    longest = int(whole.sum(-1).max())
+    ids, part = ids[:, :longest], torch.where(whole, part, sides + 1).gather(1, order)[:, :longest]
+    counts = torch.stack([(part == i).sum(1) for i in range(sides + 1)], 1)  # (b, 1 + s) tokens of every part
+    begins = counts.cumsum(1) - counts
+    place = torch.arange(longest, device=ids.device)
+    lengths = counts[:, :1]  # of the prompts
+    known = part.clamp(max=sides)
+    positions = torch.where(part == 0, place, place - begins.gather(1, known) + lengths)
+    earlier = place[:, None] >= place
+    seen = earlier & ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None]))
+    hidden = policy.model(ids, positions, seen)
+    # The token before the first of a response is the prompt's last.
+    inside = mask.long().cumsum(-1).view(sides, b, -1) - 1
+    before = torch.where(inside == 0, lengths - 1, begins.T[1:, :, None] + inside - 1)
+    row = torch.arange(b, device=ids.device)[:, None] * longest
+    picked = mask.flatten().nonzero().squeeze(-1)
+    hidden = hidden.flatten(0, 1).index_select(0, (before + row).flatten()[picked])
+    values = measured(hidden, policy.head, response.flatten()[picked], measure, temperature)
+    zeros = torch.zeros(mask.numel(), device=mask.device)
+    return {name: zeros.index_copy(0, picked, value.float()).view(mask.shape) for name, value in values.items()}
+
+
 def measured(hidden: Tensor, head: Tensor, target: Tensor, measure: Measure, temperature: float | Tensor = 1.0,
              chunk: int | None = None) -> dict[str, Tensor]:
     """`measure` of the logits hidden @ head.T / temperature: hidden (n, width), head (V, width), target (n,) -> (n,) each.

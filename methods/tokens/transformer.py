@@ -90,8 +90,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, swapped, sin)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention. q (B, heads, L, D), k and v (B, kv_heads, L, D) -> (B, heads, L, D)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Causal attention. q (B, heads, L, D), k and v (B, kv_heads, L, D) -> (B, heads, L, D). seen (B, 1, L, L) bool: what each
+    position looks at instead."""
+    if seen is not None:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     if q.shape[1] == k.shape[1]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     if q.is_cuda and q.dtype != torch.float32:  # the flash kernel, the only one that reads grouped keys in place
@@ -126,10 +130,10 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(shape.width, shape.kv_heads * size, bias=shape.qkv_bias)
         self.o_proj = nn.Linear(shape.heads * size, shape.width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None = None) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
-        return self.o_proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v).transpose(1, 2).flatten(-2))
+        return self.o_proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v, seen).transpose(1, 2).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -151,8 +155,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape.width, shape.norm_eps)
         self.mlp = MLP(shape)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, seen)
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def weights(self) -> LayerWeights:
@@ -171,14 +175,17 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = RMSNorm(shape.width, shape.norm_eps)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
+        """positions (B, L) where they do not simply count, seen (B, L, L) bool where attention is not simply causal."""
         x = self.embed_tokens(ids)
-        turn = angles(torch.arange(ids.shape[-1], device=ids.device), self.shape.head_dim, self.shape.rope_theta)
+        places = torch.arange(ids.shape[-1], device=ids.device) if positions is None else positions.unsqueeze(1)
+        turn = angles(places, self.shape.head_dim, self.shape.rope_theta)
+        seen = None if seen is None else seen.unsqueeze(1)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, *turn, use_reentrant=False)
+                x = checkpoint(layer, x, *turn, seen, use_reentrant=False)
             else:
-                x = layer(x, *turn)
+                x = layer(x, *turn, seen)
         return self.norm(x)
 
 

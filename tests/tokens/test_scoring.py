@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import token_policies
 import torch
 import torch.nn.functional as F
 
@@ -131,3 +132,25 @@ def test_recomputed_blocks_change_nothing():
     model.model.recompute = True
     second = torch.autograd.grad(score(model, *data)["log_prob"].sum(), list(model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_responses_to_one_prompt_share_its_pass(kv_heads):
+    """score_forked is score: values and gradients, with padding on both ends, an empty response and a prompt of one token."""
+    model = token_policies.policy(Shape(19, 64, 2, 4, kv_heads, 96, context=512, qkv_bias=True), loud=4.0)
+    prompt, prompt_mask = token_policies.prompts(6, 9, 19)
+    prompt_mask[0], prompt_mask[0, -1] = False, True
+    response, length = torch.randint(3, 19, (18, 7)), torch.randint(0, 8, (18,))
+    length[:3] = torch.tensor([7, 0, 1])
+    mask = torch.arange(7) < length[:, None]
+    gradients = []
+    plain = score(model, prompt.repeat(3, 1), prompt_mask.repeat(3, 1), response, mask)
+    forked = scoring.score_forked(model, prompt, prompt_mask, response, mask)
+    for told in (plain, forked):
+        model.zero_grad()
+        (told["log_prob"].square() + told["entropy"]).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for key in plain:
+        torch.testing.assert_close(forked[key], plain[key], atol=1e-5, rtol=1e-5)
+    for one, two in zip(*gradients):
+        torch.testing.assert_close(one, two, atol=1e-4 * float(one.abs().max()), rtol=1e-3)
