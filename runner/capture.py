@@ -22,8 +22,10 @@ def possible(method, stream, device: torch.device, settings) -> bool:
 
 
 class Graphs:
-    def __init__(self, method, stream):
-        self.method, self.stream = method, stream
+    def __init__(self, method, stream, update=None):
+        """`update`: method.update in the run's precision. Its context is entered anew for every update inside a graph, too:
+        autocast keeps casts of the weights while it is open, and the optimiser changes them."""
+        self.method, self.stream, self.update = method, stream, update or method.update
         self.length = min(stream.lookahead, BLOCK)
         self.graphs: dict[tuple, tuple] = {}
         self.pool = None
@@ -37,7 +39,7 @@ class Graphs:
         aligned = step % n == 0 and step + n <= event and self._same_stage(step, n)
         if self.warm.get(stage, 0) < WARM or not aligned:
             self.warm[stage] = self.warm.get(stage, 0) + 1
-            return 1, method.update(self.stream.next())
+            return 1, self.update(self.stream.next())
         self.stream.ready(n)
         method.draws.ready(step)
         key = (step % math.lcm(BLOCK, method.period), stage)
@@ -66,7 +68,7 @@ class Graphs:
         with torch.cuda.graph(graph, pool=self.pool):
             for i in range(n):
                 method.updates = step + i
-                metrics = method.update(stream.take())
+                metrics = self.update(stream.take())
         self.pool = graph.pool()
         stream.taken, method.updates = taken, step
         return graph, metrics

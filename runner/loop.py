@@ -213,6 +213,8 @@ class Loop:
                 with self.autocast():
                     return inner(batch)
 
+        if self.graphs:
+            self.graphs.update = update
         method.train()
         batch = None
         while self.step < s.steps and not (self.stack and len(self.diverged) == len(self.stack.seeds)):

@@ -254,8 +254,7 @@ def _train(job, folder, fabric, method, world, stream, stack, quiet, command, be
     record = Record(folder) if rank == 0 else None
     jobs = member_jobs(job)
     every = [record, *(Record(folder_of(j)) for j in jobs[1:])] if record else []  # one record a seed
-    graph = capture.possible(method, stream, fabric.device, hardware) and fabric.world_size == 1 \
-        and hardware.precision == "32-true"
+    graph = capture.possible(method, stream, fabric.device, hardware) and fabric.world_size == 1
     own = folder / "checkpoints" if rank == 0 else folder / "checkpoints" / f"rank{rank}"
     previous = (record.read() or {}) if record else {}
     stop = Stop()

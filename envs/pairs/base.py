@@ -34,6 +34,8 @@ STARTS = Path(__file__).with_name("starts")
 class Stored(Stream):
     """Rows of a data set, `rows` a batch and process; 0: all of them."""
 
+    lookahead = 10  # as many updates as a captured graph may hold
+
     def __init__(self, columns: dict[str, Tensor], start: dict[str, Tensor], rows: int, seed: int, processes=(0, 1)):
         self.columns, self.start, self.seed, self.taken = columns, start, seed, 0
         self.rank, self.ranks = processes
@@ -43,6 +45,8 @@ class Stored(Stream):
             raise UserError(f"env.batch_size={rows} on {self.ranks} process(es), but there are {self.size} rows\n"
                             f"take at most {self.size // self.ranks}, or 0 for all of them at once")
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        self.device = next(iter(columns.values())).device
+        self.places = torch.zeros(self.lookahead, max(rows, 1), dtype=torch.int64, device=self.device)
 
     def data(self):
         return {**{f"start/{k}": v for k, v in self.start.items()}, **self.columns}
@@ -50,19 +54,26 @@ class Stored(Stream):
     def replace(self, data):
         self.columns = data
 
-    def next(self):
-        if not self.rows:
-            self.taken += 1
-            return dict(self.columns)
+    def ready(self, number):
+        if self.rows:
+            index = torch.stack([self._index(self.taken + i) for i in range(number)])
+            places = torch.arange(self.taken, self.taken + number) % self.lookahead
+            self.places.index_copy_(0, places.to(self.device), index.to(self.device))
+
+    def take(self):
+        index = self.places[self.taken % self.lookahead]
+        self.taken += 1
+        return {k: v[index] for k, v in self.columns.items()} if self.rows else dict(self.columns)
+
+    def _index(self, batch: int) -> Tensor:
+        """Rows of a batch, on the host."""
         batches = self.size // (self.rows * self.ranks)  # of an epoch; what is left over changes with the order
-        epoch, place = divmod(self.taken, batches)
+        epoch, place = divmod(batch, batches)
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
             self._order = epoch, torch.randperm(self.size, generator=generator)
         first = (place * self.ranks + self.rank) * self.rows
-        index = self._order[1][first:first + self.rows].to(next(iter(self.columns.values())).device)
-        self.taken += 1
-        return {k: v[index] for k, v in self.columns.items()}
+        return self._order[1][first:first + self.rows]
 
     def state_dict(self):
         return {"taken": self.taken}

@@ -57,6 +57,14 @@ class PairPolicy(TokenMethod):
     ADDITIVE = ("measure", "margin", "weigh", "penalty", "after_update")
 
     _large: bool | None = None  # whether the policy is one whose passes over prompts are worth sharing
+    samples = False             # whether an update samples responses, or looks at the host's numbers otherwise
+
+    @property
+    def capturable(self):
+        """Small policies at a constant learning rate: an update is the same device work every time."""
+        c = self.config
+        return not (self.samples or c.warmup or c.decay != "constant" or c.micro_rows) and hasattr(self, "policy") and \
+            not self.large()
 
     def needs_reference(self):
         return True
@@ -100,12 +108,18 @@ class PairPolicy(TokenMethod):
         return {"prompt": batch["prompt"].repeat(times, 1), "prompt_mask": batch["prompt_mask"].repeat(times, 1),
                 "response": torch.cat([batch[s] for s in SIDES]), "mask": torch.cat([batch[f"{s}_mask"] for s in SIDES])}
 
-    def forks(self, rows: int) -> bool:
+    def large(self) -> bool:
         if self._large is None:
-            self._large = hasattr(self.policy, "model") and sum(p.numel() for p in self.policy.parameters()) > SMALL
-        return self._large and not 0 < self.config.micro_rows < rows
+            self._large = sum(p.numel() for p in self.policy.parameters()) > SMALL
+        return self._large
+
+    def forks(self, rows: int) -> bool:
+        return self.large() and hasattr(self.policy, "model") and not 0 < self.config.micro_rows < rows
 
     def score(self, rows, measure=scoring.log_prob_and_entropy, temperature=1.0, policy=None, trunk=None):
+        if self.capturable and rows["prompt"].is_cuda:
+            return scoring.score(policy or self.policy, rows["prompt"], rows["prompt_mask"], rows["response"],
+                                 rows["mask"].bool(), measure, temperature, waits=False)
         if len(rows["prompt"]) == len(rows["response"]):
             return super().score(rows, measure, temperature, policy, trunk)
         return scoring.score_forked(policy or self.policy, rows["prompt"], rows["prompt_mask"], rows["response"],

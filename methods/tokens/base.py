@@ -55,8 +55,9 @@ class TokenMethod(Method):
     def make_optimizers(self):
         c = self.config
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        on_gpu = {"capturable": True} if self.capturable and parameters[0].is_cuda else {}
         self.optimizers = {"policy": torch.optim.AdamW(parameters, lr=c.learning_rate, betas=BETAS,
-                                                       weight_decay=c.weight_decay, fused=True)}
+                                                       weight_decay=c.weight_decay, fused=True, **on_gpu)}
 
     def prepare(self, data: dict[str, Tensor]):
         """Start from the weights that the world offers (`start/NAME`), unless the policy brings its own."""
@@ -163,7 +164,8 @@ class TokenMethod(Method):
         if not c.micro_rows or c.micro_rows >= number:
             if self._graphed is None:
                 self._graphed = Graphed(self.policy)
-            trunk = self._graphed.trunk(number, rows["prompt"].shape[1] + rows["response"].shape[1])
+            length = rows["prompt"].shape[1] + rows["response"].shape[1]
+            trunk = None if self.capturable else self._graphed.trunk(number, length)  # then the whole update is captured
             value = loss(self.score(rows, measure, temperature, trunk=trunk))
             self.engine.backward(value)
         else:

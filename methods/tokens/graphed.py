@@ -2,8 +2,8 @@
 
 One pair for every shape of input that keeps coming, captured at its third use (batches of episodes differ in their rows at
 every update: those stay with the usual pass). A pair may run once between two steps of the optimiser: its
-activations and gradients lie in fixed places. While it is captured no earlier pass may be alive, since autograd ties parameters to
-the stream of a living one. Therefore only TokenMethod.fit uses it, for the one pass whose gradient it takes.
+activations and gradients lie in fixed places. While it is captured no earlier pass may be alive, since autograd ties parameters
+to the stream of a living one. Therefore only TokenMethod.fit uses it, for the one pass whose gradient it takes.
 """
 
 from __future__ import annotations

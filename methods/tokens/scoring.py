@@ -36,24 +36,27 @@ Measure = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 def score(policy, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: Tensor,
           measure: Measure = log_prob_and_entropy, temperature: float | Tensor = 1.0,
-          chunk: int | None = None, trunk=None) -> dict[str, Tensor]:
+          chunk: int | None = None, trunk=None, waits: bool = True) -> dict[str, Tensor]:
     """What `measure` says of every response token, (b, T) float32 each; 0 off the mask.
 
     prompt, prompt_mask (b, Tp), padded on the left, no row empty; response, mask (b, T), padded on the right. `measure` gets
     logits (n, V) float32, divided by the temperature (a number, or a tensor like response), and targets (n,). chunk: positions
     whose logits exist at once. trunk: ids -> hidden in the place of the policy's, for the whole width (graphed.py).
-    Waits for the device (how many positions there are decides shapes)."""
+    Waits for the device, since the number of positions decides shapes; with waits=False padding goes through the head as well."""
     whole = torch.cat([prompt_mask, mask], 1)
     packed, _ = pack(torch.cat([prompt, response], 1), whole)
-    longest = whole.shape[1] if trunk else int(whole.sum(-1).max())
-    picked = mask.flatten().nonzero().squeeze(-1)  # among the b * T tokens of responses
-    place = whole.cumsum(-1)[:, prompt.shape[1]:] - 2  # of the token before, which predicts this one
+    longest = whole.shape[1] if trunk or not waits else int(whole.sum(-1).max())
+    # among the b * T tokens of responses
+    picked = mask.flatten().nonzero().squeeze(-1) if waits else torch.arange(mask.numel(), device=mask.device)
+    place = (whole.cumsum(-1)[:, prompt.shape[1]:] - 2).clamp(min=0)  # of the token before, which predicts this one
     row = torch.arange(len(mask), device=mask.device).unsqueeze(-1) * longest
     hidden = (trunk or policy.packed)(packed[:, :longest]).flatten(0, 1).index_select(0, (place + row).flatten()[picked])
     target = response.flatten()[picked]
     if isinstance(temperature, Tensor):
         temperature = temperature.expand(response.shape).flatten()[picked].unsqueeze(-1).float()
     values = measured(hidden, policy.head, target, measure, temperature, chunk)
+    if not waits:
+        return {name: value.float().view(mask.shape).where(mask, 0.0) for name, value in values.items()}
     zeros = torch.zeros(mask.numel(), device=mask.device)
     return {name: zeros.index_copy(0, picked, value.float()).view(mask.shape) for name, value in values.items()}
 

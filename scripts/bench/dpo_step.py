@@ -7,9 +7,9 @@
                   responses 256
 
 Weights and tokens are random; responses are full. Ours runs as in training: a stored batch, its reference log-probabilities made
-before training (TRL: precompute_ref_log_probs), one update; bf16 autocast on a GPU. Prints seconds a step (median), pairs a second,
-peak memory, and the least time in which an H100 could do the arithmetic: forward and backward of the trunk over the prompt once
-and both responses, and of the head over the responses.
+before training (TRL: precompute_ref_log_probs), one update; bf16 autocast on a GPU. Prints seconds a step (median), pairs a
+second, peak memory, and the least time in which an H100 could do the arithmetic: forward and backward of the trunk over the
+prompt once and both responses, and of the head over the responses.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from envs.pairs.base import Stored, encode_pairs  # noqa: E402
 from envs.pairs.task import Pair  # noqa: E402
 from methods.preference.dpo import DPO  # noqa: E402
 from methods.tokens.small import Small  # noqa: E402
+from runner.capture import Graphs  # noqa: E402
 from runner.draws import Draws  # noqa: E402
 from runner.interface import Spec, make_config  # noqa: E402
 from runner.knobs import knobs_of  # noqa: E402
@@ -69,28 +70,41 @@ def ours(shape: dict, steps: int, device: str, profile: bool) -> dict:
     method.make_optimizers()
     method.draws = Draws(0, device)
     stream = Stored(encode_pairs(method, texts(shape, 4 * shape["pairs"])), {}, shape["pairs"], 0)
+    def update(batch):
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            return method.update(batch)
+
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         stream.replace(method.prepare(stream.data()))
-        times = []
-        for step in range(steps + 5):
-            if step == 5 and device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            begin = now(device)
-            method.update(stream.next())
-            method.updates += 1
-            if step >= 5:
-                times.append(now(device) - begin)
-        memory = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-        if profile:
-            from torch.profiler import ProfilerActivity
-            from torch.profiler import profile as record
+    graphs = Graphs(method, stream, update) if device == "cuda" and method.capturable else None  # as the loop does
 
-            with record(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
-                for _ in range(3):
-                    method.update(stream.next())
-                now(device)
-            print(prof.key_averages().table(sort_by="self_cuda_time_total" if device == "cuda" else "self_cpu_time_total",
-                                            row_limit=25, max_name_column_width=60))
+    def advance(step: int) -> int:
+        if graphs:
+            return graphs.advance(step, 10 ** 9)[0]
+        update(stream.next())
+        method.updates += 1
+        return 1
+
+    times, step = [], 0
+    while len(times) < steps:
+        if step == 40 and device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        begin = now(device)
+        made = advance(step)
+        step += made
+        if step > (40 if graphs else 5):  # by then updates are captured
+            times.append((now(device) - begin) / made)
+    memory = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    if profile:
+        from torch.profiler import ProfilerActivity
+        from torch.profiler import profile as record
+
+        with record(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
+            for _ in range(3):
+                step += advance(step)
+            now(device)
+        print(prof.key_averages().table(sort_by="self_cuda_time_total" if device == "cuda" else "self_cpu_time_total",
+                                        row_limit=30, max_name_column_width=60))
     return {"seconds": statistics.median(times), "memory": memory,
             "parameters": sum(p.numel() for p in method.policy.parameters())}
 
@@ -164,8 +178,8 @@ def main():
         shape = SHAPES[name]
         mine = ours(shape, a.steps, a.device, a.profile)
         print(f"{name}: {mine['parameters']:,} parameters; ours {mine['seconds']:.5f} s/step, "
-              f"{shape['pairs'] / mine['seconds']:,.0f} pairs/s, peak {mine['memory'] / 2**30:.1f} GiB; floor of arithmetic on an "
-              f"H100 {floor(shape, mine['parameters']):.5f} s", flush=True)
+              f"{shape['pairs'] / mine['seconds']:,.0f} pairs/s, peak {mine['memory'] / 2**30:.1f} GiB; floor of arithmetic on "
+              f"an H100 {floor(shape, mine['parameters']):.5f} s", flush=True)
         if not a.without_trl:
             if a.device == "cuda":
                 torch.cuda.empty_cache()

@@ -25,8 +25,9 @@ def capturable() -> list[str]:
     return [n for n in BOOK.names("method") if catalogue.load_class(BOOK.get("method", n)).capturable]
 
 
-def train(name, env, seeds, graph, steps):
-    job = compose([f"method={name}", f"env={env}", "size=smoke", "logger=none", "hardware=gpu", f"hardware.seeds={seeds}"], BOOK)
+def train(name, env, seeds, graph, steps, *words):
+    job = compose([f"method={name}", f"env={env}", "size=smoke", "logger=none", "hardware=gpu", f"hardware.seeds={seeds}",
+                   *words], BOOK)
     fabric = make_fabric(job.config["hardware"])
     method, world, stream, stack = _assemble(job, fabric)
     loop = Loop(method, world, stream, Settings(steps=steps, log_every=17), seed=0, fabric=fabric, stack=stack, graph=graph)
@@ -55,6 +56,16 @@ def test_captured_updates_equal_usual_ones(name, seeds):
     assert graphs.graphs.graphs, "nothing was captured"
     for key, value in usual.method.state_dict().items():
         torch.testing.assert_close(graphs.method.state_dict()[key], value, rtol=1e-5, atol=1e-6, msg=lambda m: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(("name", "env"), [("td3_bc", "pointmass_medium"), ("dpo", "bandit")])
+def test_captured_updates_keep_the_precision(name, env, precision):
+    """Casts of weights are made anew for every update inside a graph: else nine of ten updates would see old ones."""
+    usual, graphs = (train(name, env, 1, graph, 93, f"hardware.precision={precision}") for graph in (False, True))
+    assert graphs.graphs.graphs, "nothing was captured"
+    for key, value in usual.method.state_dict().items():
+        torch.testing.assert_close(graphs.method.state_dict()[key], value, rtol=1e-4, atol=1e-5, msg=lambda m: f"{key}: {m}")
 
 
 @pytest.mark.parametrize("name", ["td3", "sac"])

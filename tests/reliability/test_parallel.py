@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(tmp_path, *words, world="pointmass", devices=2, accelerator="cpu"):
     tmp_path.mkdir(exist_ok=True)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", "runner", *words, f"env={world}", "size=smoke", "loop.steps=12",
                            "loop.save_steps=5", "loop.log_every=2", f"hardware.devices={devices}",
                            f"hardware.accelerator={accelerator}",
