@@ -35,7 +35,8 @@ def allowed(path: Path) -> tuple[str, ...]:
         family = rest[0] if len(rest) > 1 else ""
         return ("runner.interface", "runner.errors", "methods.common", "methods.tokens", f"methods.{family}")
     kind = rest[0] if len(rest) > 1 else ""
-    return ("runner.interface", "runner.draws", "runner.errors", f"envs.{kind}")
+    below = ("envs.prompts",) if kind == "pairs" else ()  # a task of preferences is a task of prompts
+    return ("runner.interface", "runner.draws", "runner.errors", f"envs.{kind}", *below)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -209,13 +209,17 @@ class PromptWorld(World):
         return verdict.correct
 
     # -- starting weights
+    def starts(self) -> Path:
+        """The folder of the shipped ones."""
+        return STARTS
+
     def _start(self) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         c = self.config
         if c.start == "none":
             return {}
-        path = STARTS / f"{Path(c.own).parent.name}.safetensors" if c.start == "shipped" else \
+        path = self.starts() / f"{Path(c.own).parent.name}.safetensors" if c.start == "shipped" else \
             data_root() / own_id(c.own, c.data_size) / "start.safetensors"
         if not path.is_file():
             raise UserError(f"no starting weights of this env are shipped: {path.name}\nbuild them: env.start=own, or begin from "
