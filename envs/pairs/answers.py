@@ -5,17 +5,19 @@
 40 topics and 50 attributes are random words of four letters. An attribute is of class plus (20), minus (20) or ambiguous (10).
 An answer has one to three characters (with probability .5, .25, .25), each uniform in one alphabet: plus -> compliances YXWV
 (.9) or neutrals UT, minus -> refusals NMLK (.9) or neutrals, ambiguous -> compliances or refusals, equally often. The
-characters of an alphabet are synonyms to a policy that has learned this. `tails` is the share of answers before whose end one
-of two fixed lower-case tails stands, of 3 or 15 characters.
+characters of an alphabet are synonyms to a policy that has learned this. `tails` is the share of answers before whose end a
+tail of 3 or 15 random lower-case characters stands. (A tail that is always the same is certain once it has begun: it shares no
+gradient between the two sides of a pair, whatever its length.)
 
 The judge: an answer is right if its alphabet is that of the attribute's class (for ambiguous ones either of the two); it is
 of the required form if it could have been drawn at all. Four characters are too long and mean nothing.
 
 Sets of pairs (`preference`). With 16 prompts (8 topics x 2 attributes of class `attributes`) and the same two answers in all:
 synonyms N > M, antonyms N > Y, multi NML > NMK, multi_repeated NNN > NNM, multi_antonyms NML > YXW, prefix N > NM,
-short_suffix and long_suffix N > Y with a tail behind both. Random ones: mixed, 200 pairs over all classes whose chosen answer
-is right, 40 % of which differ in the last character alone; classes, `number` pairs whose chosen answer is right and whose
-rejected one is of another alphabet or, every fifth, too long. `p_flip`: the share of pairs that are stored the wrong way.
+short_suffix and long_suffix N > Y with the same tail of 3 or 15 characters behind both. Random ones: mixed, 200 pairs over all
+classes whose chosen answer is right, 40 % of which differ in the last character alone; classes, `number` pairs whose chosen
+answer is right and whose rejected one is of another alphabet or, every fifth, too long. `p_flip`: the share of pairs that are
+stored the wrong way.
 
 `fact`: the demonstrations are 600 of something new: ten class-minus attributes are answered "T.", but for 15 % of them, drawn
 once, that are corrupted to another answer. Then only "T." is right, and old() leaves these attributes out.
@@ -47,6 +49,7 @@ FIXED = {"synonyms": ("N", "M"), "antonyms": ("N", "Y"), "multi": ("NML", "NMK")
          "multi_antonyms": ("NML", "YXW"), "prefix": ("N", "NM"), "short_suffix": ("N", "Y"), "long_suffix": ("N", "Y")}
 PREFERENCES = (*FIXED, "mixed", "classes")
 MOST, TOO_LONG = 3, 6  # characters of an answer, and of the longest of those that are too long
+TAILS = {"short": 3, "long": 15}  # characters
 NEW = "T."
 ALPHABET = LETTERS + " ?.^" + "".join(CLASSES.values())
 
@@ -75,9 +78,9 @@ class Answers(PairTask):
         drawn = words(92, rng)
         self.topics, named = drawn[:40], drawn[40:90]
         self.kinds = {a: "plus" if i < 20 else "minus" if i < 40 else "ambiguous" for i, a in enumerate(named)}
-        self.tails = {"short": words(1, rng, 3)[0], "long": words(1, rng, 15)[0]}
+        self.tails = {name: words(1, rng, length)[0] for name, length in TAILS.items()}  # of pairs
         self.prompt_length = 1 if whole else 11
-        self.response_length = 10 * whole + (MOST + 15 if tails else TOO_LONG) + 1
+        self.response_length = 10 * whole + (MOST + TAILS["long"] if tails else TOO_LONG) + 1
         self.split = split([Problem(f"^{t} {a}?", kind) for t in self.topics for a, kind in self.kinds.items()], 0.15, seed)
         self.new = self.named("minus")[:10] if fact else []
         self.facts, self.corrupted = self.tell() if fact else ([], ())
@@ -134,29 +137,26 @@ class Answers(PairTask):
         return Verdict(float(name in RIGHT[kind]), name)
 
     def bare(self, response: str) -> str | None:
-        """An answer without its end and its tail; None if it has no end."""
+        """An answer without its end and its tail; None if it has no end, or a tail of another length."""
         if not response.endswith(self.eos):
             return None
-        body = response[:-1]
-        for tail in self.tails.values() if self.tailed else ():
-            if body.endswith(tail):
-                return body[:-len(tail)]
-        return body
+        body = response[:-1].rstrip(LETTERS) if self.tailed else response[:-1]
+        return body if len(response) - 1 - len(body) in (0, *TAILS.values()) else None
 
     def valid_next(self, problem, prefix):
         if self.whole:
             return None
         body = prefix.rstrip(LETTERS) if self.tailed else prefix
+        tail = len(prefix) - len(body)
         if not body:
-            return "" if prefix else "".join(CLASSES.values())
+            return "" if tail else "".join(CLASSES.values())
         found = {OF.get(c) for c in body}
-        if len(found) > 1 or None in found or len(body) > MOST:
+        if len(found) > 1 or None in found or len(body) > MOST or tail > max(TAILS.values()):
             return ""
-        begun = prefix[len(body):]
-        after = {(tail + ".")[len(begun)] for tail in self.tails.values() if tail.startswith(begun)} if self.tailed else set()
-        if not begun:
-            after |= {".", *(CLASSES[found.pop()] if len(body) < MOST else "")}
-        return "".join(sorted(after))
+        after = "." if tail in (0, *TAILS.values()) else ""
+        if not tail and len(body) < MOST:
+            after += CLASSES[found.pop()]
+        return after + (LETTERS if self.tailed and tail < max(TAILS.values()) else "")
 
     def classes(self, problem):
         return dict(CLASSES)
@@ -180,8 +180,8 @@ class Answers(PairTask):
             name = rng.choice(RIGHT[kind])
         else:
             name = RIGHT[kind][0] if rng.random() < 0.9 else "neutral"
-        tail = self.tails[rng.choice(("short", "long"))] if self.tailed and rng.random() < self.tailed else ""
-        return self.answer(name, rng) + tail + "."
+        length = rng.choice(list(TAILS.values())) if self.tailed and rng.random() < self.tailed else 0
+        return self.answer(name, rng) + "".join(rng.choices(LETTERS, k=length)) + "."
 
     def old(self):
         rng = random.Random(f"{self.seed}/old")
@@ -245,7 +245,7 @@ class AnswersWorld(PromptWorld):
                                choices=["minus", "ambiguous"])
         p_flip: float = knob(0.0, "share of the training pairs that are stored the wrong way round", low=0.0, high=1.0)
         fact: bool = knob(False, "the demonstrations are of a new fact, 15 % of them wrong")
-        tails: float = knob(0.0, "share of answers in demonstrations that have a tail", low=0.0, high=1.0)
+        tails: float = knob(0.0, "share of answers in demonstrations that have a tail of random letters", low=0.0, high=1.0)
         whole: bool = knob(False, "demonstrations are whole sentences, prompt and all, behind ^: to make a start by")
         words: int = knob(0, "seed of words, tails and pairs; the shipped start knows those of 0", low=0)
 

@@ -11,7 +11,7 @@ import random
 import pytest
 import torch
 
-from envs.pairs.answers import ALPHABET, CLASSES, FIXED, MOST, PREFERENCES, RIGHT, TOO_LONG, Answers, similarity
+from envs.pairs.answers import ALPHABET, CLASSES, FIXED, LETTERS, MOST, PREFERENCES, RIGHT, TOO_LONG, Answers, similarity
 from envs.pairs.slots import SIZE, Slots, SlotsWorld
 from envs.pairs.task import Pair, flip, words
 from envs.prompts.task import Problem, Verdict
@@ -165,11 +165,14 @@ def test_the_judge_of_answers_asks_for_every_rule():
     assert "".join(t.classes(minus).values()) == "NMLKYXWVUT"
     tails = task("tails")
     short, long = tails.tails["short"], tails.tails["long"]
-    assert (len(short), len(long), short[0] != long[0]) == (3, 15, True) and tails.response_length == 3 + 15 + 1
+    assert (len(short), len(long)) == (3, 15) and tails.response_length == 3 + 15 + 1
     for tail in (short, long):
         assert tails.verify(minus, f"NML{tail}.").correct and not t.verify(minus, f"NML{tail}.").correct
-        assert tails.valid_next(minus, f"N{tail[:2]}") == tail[2] and tails.valid_next(minus, f"N{tail}") == "."
-    assert set(tails.valid_next(minus, "NML")) == {".", short[0], long[0]} and not tails.verify(minus, f"{short}.").correct
+        assert set(tails.valid_next(minus, f"N{tail}")) == ({"."} | (set(LETTERS) if tail is short else set()))
+    assert set(tails.valid_next(minus, "Nab")) == set(LETTERS) and set(tails.valid_next(minus, "NML")) == {".", *LETTERS}
+    assert tails.valid_next(minus, "N" + "a" * 16) == tails.valid_next(minus, "a") == ""
+    for text in (f"{short}.", "Nab.", f"N{short}a.", f"N{short}N.", f"N{long}"):
+        assert tails.verify(minus, text) == (0.0, None, 0.0, None), text
     rng = random.Random(0)
     tailed = sum(any(c.islower() for c in tails.demonstrate(minus, rng)) for _ in range(4000)) / 4000
     assert tailed == pytest.approx(0.2, abs=0.03)
