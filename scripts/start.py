@@ -1,5 +1,5 @@
-"""Put a start that `data build` has made into the tree, where it is shipped (at most 1 MB, a larger one in half precision), with
-its card as provenance.
+"""Put a start that `data build` has made into the tree, beside its world in a folder starts/, where it is shipped (at most 1 MB,
+a larger one in half precision), with its card as provenance.
 
     python scripts/start.py ENV        # after: python -m runner data build ENV
 """
@@ -25,7 +25,7 @@ def main() -> int:
         print(__doc__, file=sys.stderr)
         return 2
     entry = Catalogue().get("env", sys.argv[1])
-    made, target = folder_of(entry, "claim"), ROOT / "envs/prompts/starts"
+    made, target = folder_of(entry, "claim"), entry.source.parent / "starts"
     file = made / "start.safetensors"
     if not file.is_file():
         print(f"{file}: not built yet", file=sys.stderr)

@@ -28,7 +28,6 @@ from runner.errors import UserError
 from runner.interface import Metric, Stream, knob
 
 SIDES = ("chosen", "rejected")
-STARTS = Path(__file__).with_name("starts")
 
 
 class Stored(Stream):
@@ -137,7 +136,8 @@ class PairWorld(PromptWorld):
             return Stored(encode_pairs(method, pairs), self._start(), self.config.batch_size, method.seed, method.processes)
         return super().stream(method, kind, seed)
 
-    starts = STARTS
+    def starts(self):
+        return Path(__file__).with_name("starts")
 
     # -- gold metrics
     def reference(self, method):

@@ -169,8 +169,6 @@ class PromptWorld(World):
         "invalid_mass": Metric("min", "", "probability given to tokens that no well-formed response has there"),
     }
 
-    starts = STARTS  # the folder of what is shipped
-
     def __init__(self, config, device="cpu"):
         super().__init__(config, device)
         key = (type(self), dataclasses.astuple(config))  # a task never changes: worlds made alike share it
@@ -211,13 +209,17 @@ class PromptWorld(World):
         return verdict.correct
 
     # -- starting weights
+    def starts(self) -> Path:
+        """The folder of the shipped ones."""
+        return STARTS
+
     def _start(self) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         c = self.config
         if c.start == "none":
             return {}
-        path = self.starts / f"{Path(c.own).parent.name}.safetensors" if c.start == "shipped" else \
+        path = self.starts() / f"{Path(c.own).parent.name}.safetensors" if c.start == "shipped" else \
             data_root() / own_id(c.own, c.data_size) / "start.safetensors"
         if not path.is_file():
             raise UserError(f"no starting weights of this env are shipped: {path.name}\nbuild them: env.start=own, or begin from "
@@ -234,9 +236,10 @@ class PromptWorld(World):
                   folder / "start.safetensors")
         figures = self.evaluate(method, 0)
         parameters = sum(p.numel() for p in method.policy.parameters())
+        headline = next(k for k in self.metrics if k in figures)
         digest = hashlib.sha256((folder / "start.safetensors").read_bytes()).hexdigest()
         return {"parameters": parameters, "metrics": figures, "digest": digest,
-                "told": f"a start of {parameters:,} parameters, pass_1 {figures['pass_1']:.3f}"}
+                "told": f"a start of {parameters:,} parameters, {headline} {figures[headline]:.3f}"}
 
     # -- gold metrics
     def evaluate(self, method, seed):

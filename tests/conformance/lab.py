@@ -19,7 +19,7 @@ METHODS = BOOK.names("method")
 
 def smallest(name: str) -> str:
     fits = BOOK.fitting(BOOK.methods(name))
-    return next((e for e in ("pointmass", "pointmass_medium", "pendulum", "countdown") if e in fits), fits[0])
+    return next((e for e in ("pointmass", "pointmass_medium", "pendulum", "countdown", "bandit") if e in fits), fits[0])
 
 
 def words_for(name: str, *overrides: str, env: str = "") -> list[str]:

@@ -406,14 +406,13 @@ def test_episodes_stay_whole_when_batches_are_cut_and_joined():
 @pytest.mark.parametrize("name", [n for n in BOOK.names("env") if "demonstrations" in BOOK.get("env", n).provides
                                   and BOOK.get("env", n).card.get("data")])
 def test_a_start_s_recipe_composes_and_what_is_shipped_tells_where_it_is_from(name):
-
-    from envs.prompts.base import STARTS
     from runner import data
 
     entry = BOOK.get("env", name)
     for size in data.SIZES:
         job = compose(data.recipe(entry, size)["start"], BOOK)
         assert job.env.name == name and job.config["method"]["name"] == "sft"
-    card = json.loads((STARTS / f"{name}.json").read_text())
+    starts = entry.source.parent / "starts"
+    card = json.loads((starts / f"{name}.json").read_text())
     assert card["env"] == name and card["dirty"] is False and card["metrics"]["pass_1"] > 0.05
-    assert (STARTS / f"{name}.safetensors").stat().st_size <= 1_000_000
+    assert (starts / f"{name}.safetensors").stat().st_size <= 1_000_000
