@@ -338,7 +338,7 @@ def test_a_start_s_recipe_runs(name):
     plain = cls(make_config([cls.Config], fill(catalogue.knobs(entry), {**entry.values, "eval_prompts": 4, "eval_samples": 4},
                                               "env")))
     figures = plain.evaluate(method, 0)  # of a start that was made from whole sentences too
-    assert 0 <= figures["pass_1"] <= 1 and "invalid_mass" in figures
+    assert 0 <= figures["reward"] <= 1 and "kl" in figures
 
 
 @pytest.mark.parametrize("name", OWN)
