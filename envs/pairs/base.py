@@ -1,6 +1,6 @@
 """Worlds of preferences: prompts, each with a preferred and a dispreferred response.
 
-Kinds of batches beside those of envs/prompts/base.py, dicts of tensors with b rows:
+Kinds of batches beside those of envs/prompts/base.py and envs/pairs/duels.py, dicts of tensors with b rows:
 
     pairs     prompt, prompt_mask (b, Tp); chosen, chosen_mask, rejected, rejected_mask (b, T); label (b,): the probability that
               chosen beats rejected, 1 unless the data knows it; pair (b,): number of the pair; and, where the task's pairs have
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from envs.pairs.duels import Duels
 from envs.pairs.task import Pair, PairTask
 from envs.prompts.base import PromptWorld
 from runner.errors import UserError
@@ -134,7 +135,14 @@ class PairWorld(PromptWorld):
             if not pairs:
                 raise UserError("this env has no training pairs")
             return Stored(encode_pairs(method, pairs), self._start(), self.config.batch_size, method.seed, method.processes)
+        if kind == "duels":
+            return Duels(self, method, self.task.train(), self._start())
         return super().stream(method, kind, seed)
+
+    def preferred(self, problem, response: str, other: str) -> float:
+        """The probability that `response` is preferred to `other`: here the one of greater true reward wins."""
+        mine, theirs = self.true_reward(problem, response), self.true_reward(problem, other)
+        return 0.5 if mine == theirs else float(mine > theirs)
 
     def starts(self):
         return Path(__file__).with_name("starts")

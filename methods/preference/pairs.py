@@ -57,13 +57,13 @@ class PairPolicy(TokenMethod):
     ADDITIVE = ("measure", "margin", "weigh", "penalty", "after_update")
 
     _large: bool | None = None  # whether the policy is one whose passes over prompts are worth sharing
-    samples = False             # whether an update samples responses, or looks at the host's numbers otherwise
+    own_samples = False         # whether an update samples responses, or looks at the host's numbers otherwise
 
     @property
     def capturable(self):
         """Small policies at a constant learning rate: an update is the same device work every time."""
         c = self.config
-        return not (self.samples or c.warmup or c.decay != "constant" or c.micro_rows) and hasattr(self, "policy") and \
+        return not (self.own_samples or c.warmup or c.decay != "constant" or c.micro_rows) and hasattr(self, "policy") and \
             not self.large()
 
     def needs_reference(self):
