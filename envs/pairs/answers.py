@@ -255,6 +255,9 @@ class AnswersWorld(PairWorld):
         c = self.config
         return Answers(c.words, c.preference, c.p_flip, c.fact, c.tails, c.number, c.attributes, c.whole)
 
+    def continues(self):
+        return self.config.fact
+
     metrics = {
         **PairWorld.metrics,
         "right_mass": Metric("max", "", "probability of a first character of a right class, exact, held-out prompts"),

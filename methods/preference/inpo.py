@@ -34,8 +34,11 @@ from runner.interface import knob
 class INPO(OnlinePairs):
     @dataclasses.dataclass(frozen=True)
     class Config(OnlinePairs.Config):
-        eta: float = knob(0.3, "inverse step size of a round", low=1e-4, source="project's choice; paper: 0.0075 for language models")
-        tau: float = knob(0.1, "weight of the KL to the start in the game", low=0.0, source="project's choice; paper: eta / 3")
+        eta: float = knob(0.3, "inverse step size of a round", low=1e-4, when={"nash": True},
+                          source="project's choice; paper: 0.0075 for language models")
+        tau: float = knob(0.1, "weight of the KL to the start in the game", low=0.0, when={"nash": True},
+                          source="project's choice; paper: eta / 3")
+        beta: float = knob(0.1, "of online DPO's loss", low=0.0, when={"nash": False})
         nash: bool = knob(True, "this loss; otherwise online DPO's")
 
     def worth(self, pairs):

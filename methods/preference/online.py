@@ -36,7 +36,6 @@ class OnlinePairs(PairPolicy):
         minibatches: int = knob(1, "optimiser steps a pass", low=1)
 
     PARTS = ("collect", *PairPolicy.PARTS)
-    ADDITIVE = PairPolicy.ADDITIVE
     own_samples = True
 
     def collect(self, source) -> dict[str, Tensor]:
