@@ -116,12 +116,12 @@ class PairPolicy(TokenMethod):
     def forks(self, rows: int) -> bool:
         return self.large() and hasattr(self.policy, "model") and not 0 < self.config.micro_rows < rows
 
-    def score(self, rows, measure=scoring.log_prob_and_entropy, temperature=1.0, policy=None, trunk=None):
+    def score(self, rows, measure=scoring.log_prob_and_entropy, temperature=1.0, policy=None, trunk=None, beside=None):
         if self.capturable and rows["prompt"].is_cuda:
             return scoring.score(policy or self.policy, rows["prompt"], rows["prompt_mask"], rows["response"],
-                                 rows["mask"].bool(), measure, temperature, waits=False)
+                                 rows["mask"].bool(), measure, temperature, waits=False, beside=beside)
         if len(rows["prompt"]) == len(rows["response"]):
-            return super().score(rows, measure, temperature, policy, trunk)
+            return super().score(rows, measure, temperature, policy, trunk, beside)
         return scoring.score_forked(policy or self.policy, rows["prompt"], rows["prompt_mask"], rows["response"],
                                     rows["mask"].bool(), measure, temperature)
 
