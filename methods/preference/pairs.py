@@ -94,9 +94,10 @@ class PairPolicy(TokenMethod):
         if not self.needs_reference():
             return None if kept is None else columns
         for side in SIDES:
-            parts = torch.arange(len(data[side])).split(AT_ONCE)
-            told = [self.score_reference({"prompt": data["prompt"][i], "prompt_mask": data["prompt_mask"][i],
-                                          "response": data[side][i], "mask": data[f"{side}_mask"][i]})["log_prob"] for i in parts]
+            rows = {"prompt": columns["prompt"], "prompt_mask": columns["prompt_mask"], "response": columns[side],
+                    "mask": columns[f"{side}_mask"]}
+            parts = torch.arange(len(columns[side])).split(AT_ONCE)
+            told = [self.score_reference({k: v[i] for k, v in rows.items()})["log_prob"] for i in parts]
             columns[f"{side}_reference"] = torch.cat(told)
         return columns
 

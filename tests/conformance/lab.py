@@ -15,9 +15,8 @@ from runner.run import assemble
 
 BOOK = Catalogue()
 METHODS = BOOK.names("method")
-
-
-WHERE = {"rrpo": "slots"}  # methods whose settings need what the smallest env lacks: several tokens, phrases
+# Methods whose settings need what the smallest env lacks: several tokens, phrases.
+WHERE = {"rrpo": "slots", "ches": "answers", "gradient_entanglement": "answers"}
 
 
 def smallest(name: str) -> str:
