@@ -36,8 +36,10 @@ class Stored(Stream):
 
     lookahead = 10  # as many updates as a captured graph may hold
 
-    def __init__(self, columns: dict[str, Tensor], start: dict[str, Tensor], rows: int, seed: int, processes=(0, 1)):
-        self.columns, self.start, self.seed, self.taken = columns, start, seed, 0
+    def __init__(self, columns: dict[str, Tensor], start: dict[str, Tensor], rows: int, seed: int, processes=(0, 1),
+                 more: dict[str, Tensor] | None = None):
+        """`more`: what a method may look at before training besides, under names with a slash."""
+        self.columns, self.start, self.seed, self.taken, self.more = columns, start, seed, 0, more or {}
         self.rank, self.ranks = processes
         self.size = len(next(iter(columns.values())))
         self.rows = rows
@@ -49,7 +51,7 @@ class Stored(Stream):
         self.places = torch.zeros(self.lookahead, max(rows, 1), dtype=torch.int64, device=self.device)
 
     def data(self):
-        return {**{f"start/{k}": v for k, v in self.start.items()}, **self.columns}
+        return {**{f"start/{k}": v for k, v in self.start.items()}, **self.more, **self.columns}
 
     def replace(self, data):
         self.columns = data

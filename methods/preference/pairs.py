@@ -75,7 +75,7 @@ class PairPolicy(TokenMethod):
         super().prepare(data)
         if "chosen" not in data or not self.needs_reference():
             return None
-        columns = {k: v for k, v in data.items() if not k.startswith("start/")}
+        columns = {k: v for k, v in data.items() if "/" not in k}
         for side in SIDES:
             parts = torch.arange(len(data[side])).split(AT_ONCE)
             told = [self.score_reference({"prompt": data["prompt"][i], "prompt_mask": data["prompt_mask"][i],
