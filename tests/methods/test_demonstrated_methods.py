@@ -1,4 +1,5 @@
-"""DFT and ASFT by hand: gradients in probabilities, weights without gradient, both directions of the exact KL, reductions."""
+"""DFT, ASFT and f-SFT by hand: gradients in probabilities, weights without gradient, both directions of the exact KL, conjugates
+of f-divergences, optima, reductions."""
 
 from __future__ import annotations
 
@@ -10,7 +11,10 @@ from token_methods import assembled, bare
 
 from methods.preference.asft import ASFT
 from methods.preference.dft import DFT
+from methods.preference.f_sft import FSFT, phi
 from methods.tokens.demonstrated import Demonstrated, Given
+from runner.interface import make_config
+from runner.knobs import knobs_of
 
 DOUBLE = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -37,13 +41,19 @@ def objective(method, rows: Given) -> torch.Tensor:
     return value if penalty is None else value + penalty
 
 
+def bare_config(*classes, **values):
+    """Settings of a composed method."""
+    defaults = {k.name: k.default for cls in classes for k in knobs_of(cls.Config)}
+    return make_config([cls.Config for cls in classes], {**defaults, **values})
+
+
 def case(scale=1.0):
     z = (scale * torch.randn(3, 4, 7, dtype=torch.float64)).requires_grad_()
     return z, torch.randint(7, (3, 4)), [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]
 
 
 def gradient(loss, z):
-    return torch.autograd.grad(loss, z)[0]
+    return torch.autograd.grad(loss, z, retain_graph=True)[0]
 
 
 # ---- DFT
@@ -168,3 +178,110 @@ def test_micro_batches_give_the_whole_batch_s_gradient(name):
 
 def test_they_change_one_algorithm():
     assert issubclass(ASFT, DFT) and issubclass(DFT, Demonstrated)
+
+
+# ---- f-SFT
+
+GRID = torch.linspace(-0.85, 6.0, 400, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("divergence", "conjugate", "slope"), [
+    ("tv", lambda t: t, lambda z: torch.ones_like(z)),
+    ("pearson", lambda t: t + t ** 2 / 4, lambda z: 1 - z / 2),
+    ("hellinger", lambda t: t / (1 - t), lambda z: (1 + z) ** -2),
+    ("kl", lambda t: (t - 1).exp(), lambda z: (-z - 1).exp())])
+def test_phi_is_the_mirrored_conjugate_and_its_slope_the_weight(divergence, conjugate, slope):
+    z = GRID.clone().requires_grad_()
+    torch.testing.assert_close(phi(z, divergence), -conjugate(-z), **DOUBLE)
+    torch.testing.assert_close(gradient(phi(z, divergence).sum(), z), slope(GRID), **DOUBLE)
+    assert (slope(GRID).diff() <= 0).all()  # concave: the likelier a demonstration, the less it pulls
+
+
+@pytest.mark.parametrize(("divergence", "f", "low", "high"), [
+    ("pearson", lambda u: (u - 1) ** 2, 0.0, 50.0),
+    ("hellinger", lambda u: (u.sqrt() - 1) ** 2, 0.0, 2000.0),
+    ("kl", lambda u: torch.where(u > 0, u * u.clamp(min=1e-300).log(), torch.zeros_like(u)), 0.0, 50.0)])
+def test_the_conjugates_are_those_of_the_divergences(divergence, f, low, high):
+    """-phi(-t) = f*(t) = sup_u t u - f(u), by search."""
+    u = torch.linspace(low, high, 2_000_001, dtype=torch.float64)
+    for t in (-0.5, 0.0, 0.5, 0.8):
+        found = (t * u - f(u)).max().item()
+        assert -phi(torch.tensor(-t, dtype=torch.float64), divergence).item() == pytest.approx(found, abs=1e-4)
+
+
+def test_the_pole_is_kept_off():
+    z = torch.tensor([-5.0, -0.9, -0.5], dtype=torch.float64, requires_grad=True)
+    flat, tangent = phi(z, "hellinger"), phi(z, "hellinger", tangent=True)
+    assert flat.tolist() == pytest.approx([-9, -9, -1]) and tangent.tolist() == pytest.approx([-9 - 410, -9, -1])
+    assert gradient(flat.sum(), z).tolist() == pytest.approx([0, 100, 4])
+    assert gradient(tangent.sum(), z).tolist() == pytest.approx([100, 100, 4])
+    assert phi(torch.tensor(-1e4), "kl").isfinite()
+
+
+@pytest.mark.parametrize("level", ["response", "token"])
+@pytest.mark.parametrize("divergence", ["tv", "pearson", "hellinger", "kl"])
+def test_f_sft_by_hand(level, divergence):
+    z, target, mask = case()
+    first = torch.randn(3, 4, dtype=torch.float64) - 2
+    rows = tokens(z, target, mask, first_log_prob=first)
+    method = bare(FSFT, divergence=divergence, level=level, beta=0.2)
+    loss, terms = objective(method, rows), []
+    for i in range(3):
+        rho = [rows.log_prob[i, t] - (0 if divergence == "tv" else first[i, t]) for t in range(4) if mask[i][t]]
+        terms += [sum(rho)] if level == "response" else rho
+    zs = 0.2 * torch.stack(terms)
+    expected = -{"tv": zs, "pearson": zs - zs ** 2 / 4, "hellinger": zs / (1 + zs), "kl": -(-zs - 1).exp()}[divergence].mean()
+    assert zs.min() > -0.9 or divergence != "hellinger"
+    torch.testing.assert_close(loss, expected, **DOUBLE)
+    torch.testing.assert_close(gradient(loss, z), gradient(expected, z), **DOUBLE)
+
+
+def test_tv_by_responses_is_sft_that_weighs_by_length_beta_times_over():
+    z, target, mask = case()
+    ours = gradient(objective(bare(FSFT, divergence="tv", beta=0.3), tokens(z, target, mask)), z)
+    usual = gradient(objective(bare(Demonstrated), tokens(z, target, mask)), z)
+    torch.testing.assert_close(ours, 0.3 * 7 / 3 * usual, **DOUBLE)  # 7 tokens in 3 rows: the two means' denominators
+    assert not bare(FSFT, divergence="tv").needs_reference() and bare(FSFT).needs_reference()
+
+
+def test_the_tabular_optimum_of_pearson_is_a_root():
+    """One context, demonstrations in shares d of arms, a start p0: at the optimum d_y phi'(z_y) = lambda pi(y) with the sum
+    1, so pi(y) solves d (1 - beta/2 ln(pi / p0)) = lambda pi. By bisection, twice nested; and by training."""
+    d = torch.tensor([0.6, 0.3, 0.1, 0.0], dtype=torch.float64)
+    p0 = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    beta = 1.0
+
+    def at(multiplier):
+        low, high = torch.full_like(p0, 1e-12), torch.full_like(p0, 10.0)
+        for _ in range(200):
+            middle = (low + high) / 2
+            above = d * (1 - beta / 2 * (middle / p0).log()) > multiplier * middle
+            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+        return low
+
+    small, large = 1e-6, 100.0
+    for _ in range(200):
+        middle = (small + large) / 2
+        small, large = (middle, large) if at(middle).sum() > 1 else (small, middle)
+    solution = at(small)
+    z = p0.log().clone().requires_grad_()
+    optimiser = torch.optim.Adam([z], lr=0.05)
+    for step in range(3000):
+        optimiser.param_groups[0]["lr"] = 0.05 * 0.998 ** step
+        optimiser.zero_grad()
+        (-(d * phi(beta * (z.log_softmax(0) - p0.log()), "pearson")).sum()).backward()
+        optimiser.step()
+    trained = z.softmax(0).detach()
+    torch.testing.assert_close(trained[:3], solution[:3], rtol=0, atol=2e-3)
+    assert (trained[:3] - d[:3]).abs().max() > 0.05  # not SFT's optimum, which is d
+    assert trained[0] < d[0] and trained[2] > d[2]  # the start, which thinks otherwise, holds
+
+
+def test_weights_of_another_method_stand_inside_the_sum():
+    z, target, mask = case()
+    first = torch.zeros(3, 4, dtype=torch.float64)
+    rows = tokens(z, target, mask, first_log_prob=first)
+    method = type("DFT_FSFT", (DFT, FSFT), {})(bare_config(DFT, FSFT, beta=0.1))
+    p = rows.log_prob.exp().detach()
+    zs = 0.1 * (p * rows.log_prob * rows.mask).sum(1)
+    torch.testing.assert_close(objective(method, rows), -(zs - zs ** 2 / 4).mean(), **DOUBLE)
