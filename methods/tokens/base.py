@@ -59,7 +59,11 @@ class TokenMethod(Method):
 
     def prepare(self, data: dict[str, Tensor]):
         """Start from the weights that the world offers (`start/NAME`), unless the policy brings its own."""
-        start = {k.removeprefix("start/"): v for k, v in data.items() if k.startswith("start/")}
+        self.load_start({k.removeprefix("start/"): v for k, v in data.items() if k.startswith("start/")})
+
+    def load_start(self, start: dict[str, Tensor]):
+        """The weights that training begins from, which are the reference's, too. {}: those that the policy has. Streams that
+        have something to ask of that policy call it before `prepare` does."""
         if start and not self.blueprint.own_weights:
             wrong = [k for k, v in self.policy.state_dict().items() if k not in start or start[k].shape != v.shape]
             if wrong:
