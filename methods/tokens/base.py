@@ -143,12 +143,12 @@ class TokenMethod(Method):
         return self.reference if self.reference is not None else lora.Unadapted(self.policy)
 
     @torch.no_grad()
-    def score_reference(self, rows: dict[str, Tensor], temperature: float = 1.0) -> dict:
-        """log_prob and entropy (b, T) of the policy as it was at the start, in parts of `micro_rows`."""
-        parts = self._parts(rows)
+    def score_reference(self, rows: dict[str, Tensor], temperature: float = 1.0, policy=None) -> dict:
+        """log_prob and entropy (b, T) of the policy as it was at the start, or of another, in parts of `micro_rows`."""
+        policy, parts = policy or self.start_policy(), self._parts(rows)
         if not parts:
-            return self.score(rows, temperature=temperature, policy=self.start_policy())
-        told = [self.score(part, temperature=temperature, policy=self.start_policy()) for _, part in parts]
+            return self.score(rows, temperature=temperature, policy=policy)
+        told = [self.score(part, temperature=temperature, policy=policy) for _, part in parts]
         order = torch.cat([i for i, _ in parts]).argsort()
         return {k: torch.cat([t[k] for t in told])[order] for k in told[0]}
 
