@@ -11,13 +11,13 @@ averages over responses: the sum of a response's log-probabilities (seq_mean_tok
 (seq_mean_token_mean, the author's later code), the sum over the batch's mean length (token_mean) or over the greatest
 (token_sum_norm). Where rows are turns of episodes, l_i and a_i are of the episode, the sum of its turns'.
 
-    anchor       sampler: the policy that sampled the group; start: that at the start of training; ema: an average of all since,
-                 moved once an update
+    anchor_policy   sampler: the policy that sampled the group; start: that at the start of training; ema: an average of all
+                 since, moved once an update
     adaptive     tau (1 + a H + b (1 - H)(1 - R)) of every prompt, bounded; H: mean token entropy of its responses over log V;
                  R: its mean reward, 0 to 1 over the batch (of each process), 1/2 where all are equal
     ratio_bound, score_bound    |l - a| and |u| stay within; a response outside has no gradient (author's later code: 5 and 10)
 
-Reductions. With anchor=sampler, one pass and one minibatch, p is 1/P: nothing is anchored, and the gradient is that of REINFORCE
+Reductions. With the sampler's anchor, one pass and one minibatch, p is 1/P: nothing is anchored, and the gradient is REINFORCE's
 with weights (q_i - 1/P) / tau. As beta_r grows these become A_i / (P beta_r tau): GRPO's gradient at one step of the optimiser,
 beta_r tau times shorter, which AdamW hides. With two responses and beta_r near 0 it is DPO on the better and the worse one, at
 beta = 1 / tau. Responses of equal reward have q = 1/P and are pulled to where the anchor has them.
@@ -49,10 +49,10 @@ class ADPOOnline(GroupPolicy):
     @dataclasses.dataclass(frozen=True)
     class Config(GroupPolicy.Config):
         listwise: bool = knob(True, "the objective above; false: the base's")
-        anchor: str = knob("sampler", "what likelihoods are measured against", choices=["sampler", "start", "ema"],
+        anchor_policy: str = knob("sampler", "what likelihoods are measured against", choices=["sampler", "start", "ema"],
                            source="paper", when={"listwise": True})
         ema_decay: float = knob(0.9, "decay of the ema anchor per update", low=0.0, high=1.0, source="project's choice",
-                                when={"anchor": "ema"})
+                                when={"anchor_policy": "ema"})
         passes: int = knob(2, "times an update goes through its batch", low=1, source="paper")
         tau: float = knob(0.8, "temperature of the anchored scores", low=1e-6, source="author's code", when={"listwise": True})
         target_temperature: float = knob(0.5, "beta_r: of the target", low=1e-6, source="author's code",
@@ -67,9 +67,9 @@ class ADPOOnline(GroupPolicy):
         tau_high: float = knob(5.0, "adaptive temperature: upper bound", low=1e-6, source="manuscript",
                                when={"adaptive": True})
         ratio_bound: float = knob(0.0, "bound of |l - a|; 0: none", low=0.0, source="author's code: 5",
-                                  when={"anchor": "start", "learning_rate": 0.01})
+                                  when={"anchor_policy": "start", "learning_rate": 0.01})
         score_bound: float = knob(0.0, "bound of |u|; 0: none", low=0.0, source="author's code: 10",
-                                  when={"anchor": "start", "learning_rate": 0.01})
+                                  when={"anchor_policy": "start", "learning_rate": 0.01})
         skip_failed: bool = knob(False, "prompts without any reward above 0 teach nothing", source="author's code",
                                  when={"listwise": True})
         dual_clip: float = knob(0.0, "c: with a negative advantage a token's loss is at most -A c; 0: no bound", low=0.0,
@@ -81,7 +81,7 @@ class ADPOOnline(GroupPolicy):
             self.average = copy.deepcopy(self.policy).requires_grad_(False)
 
     def averages(self) -> bool:
-        return self.config.listwise and self.config.anchor == "ema"
+        return self.config.listwise and self.config.anchor_policy == "ema"
 
     def load_start(self, start):
         super().load_start(start)
@@ -89,7 +89,7 @@ class ADPOOnline(GroupPolicy):
             self.average.load_state_dict(self.policy.state_dict())
 
     def needs_reference(self):
-        return self.config.listwise and self.config.anchor == "start" or super().needs_reference()
+        return self.config.listwise and self.config.anchor_policy == "start" or super().needs_reference()
 
     def passes(self):
         return self.config.passes
@@ -99,7 +99,7 @@ class ADPOOnline(GroupPolicy):
         c = self.config
         if not c.listwise:
             return
-        if c.anchor == "ema":
+        if c.anchor_policy == "ema":
             old["anchor_log_prob"] = self.score_reference(batch, c.temperature, self.average)["log_prob"]
         old["heat"] = self.heat(batch, old["entropy"]) if c.adaptive else torch.full_like(batch["reward"], c.tau)
         self.told["tau"] = old["heat"].mean()
@@ -119,7 +119,7 @@ class ADPOOnline(GroupPolicy):
         c, group = self.config, rows.group
         if not c.listwise:
             return
-        anchor = rows.old[{"sampler": "log_prob", "start": "reference_log_prob", "ema": "anchor_log_prob"}[c.anchor]]
+        anchor = rows.old[{"sampler": "log_prob", "start": "reference_log_prob", "ema": "anchor_log_prob"}[c.anchor_policy]]
         ratio, share = self.likelihood(rows.log_prob - anchor, rows), torch.ones_like(rows.reward)
         if "unit" in vars(rows):
             _, place = rows.unit.unique(return_inverse=True)

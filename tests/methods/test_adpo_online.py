@@ -256,15 +256,15 @@ def test_what_the_anchors_are():
     """At the start all three are the policy; later the sampler's still is, the start's and the average are not."""
     scores = {}
     for anchor in ("sampler", "start", "ema"):
-        method, _, stream = assembled("method=adpo_online", f"method.anchor={anchor}", "method.passes=1", "method.minibatches=1",
-                                      "method.learning_rate=0.001")
+        method, _, stream = assembled("method=adpo_online", f"method.anchor_policy={anchor}", "method.passes=1",
+                                      "method.minibatches=1", "method.learning_rate=0.001")
         scores[anchor] = []
         for _ in range(3):
             batch = stream.next()
             scores[anchor].append(method.update(batch)["score"].item())
             method.updates += 1
         if anchor == "ema":
-            first = assembled("method=adpo_online", "method.anchor=ema")[0].policy.lm_head.weight
+            first = assembled("method=adpo_online", "method.anchor_policy=ema")[0].policy.lm_head.weight
             assert 0 < (method.average.lm_head.weight - first).norm() < (method.policy.lm_head.weight - first).norm()
             assert method.export()[0].keys() == method.policy.state_dict().keys()
     assert max(s[0] for s in scores.values()) < 1e-4 and max(scores["sampler"]) == 0
@@ -274,7 +274,7 @@ def test_what_the_anchors_are():
 def test_micro_batches_give_the_whole_minibatch_s_gradient():
     gradients = []
     for micro in (0, 3):
-        method, _, stream = assembled("method=adpo_online", f"method.micro_rows={micro}", "method.anchor=ema",
+        method, _, stream = assembled("method=adpo_online", f"method.micro_rows={micro}", "method.anchor_policy=ema",
                                       "method.gradient_norm=0")
         batch = stream.next()
         batch["reward"] = (torch.arange(len(batch["reward"])) % 3 == 0).float()
