@@ -26,7 +26,7 @@ import random
 import torch
 from torch import Tensor
 
-from envs.pairs.base import PairWorld, Stored, encode_pairs
+from envs.pairs.base import PairWorld
 from envs.pairs.task import Pair, PairTask
 from envs.prompts.task import Problem, Verdict
 from runner.errors import UserError
@@ -196,8 +196,7 @@ class BanditWorld(PairWorld):
     def stream(self, method, kind, seed):
         self.task, self.method = Bandit(self.config, method.seed), method
         if kind == "pairs":
-            return Stored(encode_pairs(method, self.task.pairs()), self._start(), self.config.batch_size, method.seed,
-                          method.processes)
+            return self.stored(method, self.task.pairs())
         return super().stream(method, kind, seed)
 
     def _start(self):
