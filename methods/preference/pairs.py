@@ -201,6 +201,11 @@ def logistic(z: Tensor, p: Tensor) -> Tensor:
     return -(p * F.logsigmoid(z) + (1 - p) * F.logsigmoid(-z))
 
 
+def preferred(x: Tensor, p: Tensor) -> Tensor:
+    """Of numbers x (2, b) of both sides that of the preferred one, (b,): x_w, and in between where p is."""
+    return p * x[0] + (1 - p) * x[1]
+
+
 def plus(penalty: Tensor | None, more: Tensor) -> Tensor:
     """A part's own term beside super()'s."""
     return more if penalty is None else penalty + more
