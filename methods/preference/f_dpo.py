@@ -42,6 +42,9 @@ class FDPO(PairPolicy):
             pairs.told["cut"] = (exponent(rho, c.divergence, c.alpha) > MOST).float().mean().detach()
         return score(rho, c.divergence, c.alpha)
 
+    def implicit_reward(self, rho):
+        return self.config.beta * score(rho, self.config.divergence, self.config.alpha)
+
 
 def exponent(rho: Tensor, divergence: str, alpha: float) -> Tensor:
     return -rho if divergence == "forward_kl" else -alpha * rho

@@ -153,6 +153,10 @@ class PairPolicy(TokenMethod):
         return {"chosen": chosen.mean(), "rejected": rejected.mean(), "margin": gap.mean(), "fallen": (chosen < 0).float().mean(),
                 "accuracy": (torch.sign(gap) / 2 + 0.5).mean()}
 
+    def implicit_reward(self, rho: Tensor) -> Tensor:
+        """What the policy's log-ratios say of rewards, up to a constant of the prompt; for worlds that know the true ones."""
+        return self.config.beta * rho
+
     def difference(self, pairs: Pairs) -> Tensor:
         """z (b,) = beta (s_w - s_l) - g, as the parts worth and margin say."""
         s, margin = self.worth(pairs), self.margin(pairs)
