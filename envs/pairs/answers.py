@@ -69,8 +69,8 @@ class Answers(PairTask):
         if not 0 <= p_flip <= 1 or not 0 <= tails <= 1 or number < 1:
             raise UserError("answers: p_flip and tails are shares between 0 and 1, number at least 1")
         if preference.endswith("_suffix") and not tails:
-            raise UserError(f"preference={preference} compares answers with tails, which a policy only knows from demonstrations "
-                            "with tails\ntake env=answers_suffix, or set env.tails and a start of your own")
+            raise UserError(f"preference={preference} compares answers with tails, which a policy only knows from "
+                            "demonstrations with tails\ntake env=answers_suffix, or set env.tails and a start of your own")
         self.seed, self.preference, self.attributes = seed, preference, attributes
         self.fact, self.tailed, self.whole = fact, tails, whole
         rng = random.Random(f"{seed}/words")
@@ -229,7 +229,10 @@ class Answers(PairTask):
     def by_class(self, problem, i: int, number: int, rng) -> tuple[str, str]:
         right = rng.choice(RIGHT[problem.answer])
         wrong = [name for name in CLASSES if name not in RIGHT[problem.answer]]
-        rejected = self.answer(right, rng, rng.randint(MOST + 1, TOO_LONG)) if i % 5 == 4 else self.answer(rng.choice(wrong), rng)
+        if i % 5 == 4:
+            rejected = self.answer(right, rng, rng.randint(MOST + 1, TOO_LONG))
+        else:
+            rejected = self.answer(rng.choice(wrong), rng)
         return self.answer(right, rng), rejected
 
 
@@ -237,8 +240,8 @@ class AnswersWorld(PairWorld):
     @dataclasses.dataclass(frozen=True)
     class Config(PairWorld.Config):
         preference: str = knob("classes", "set of pairs", choices=[
-            "synonyms", "antonyms", "multi", "multi_repeated", "multi_antonyms", "prefix", "short_suffix", "long_suffix", "mixed",
-            "classes"])
+            "synonyms", "antonyms", "multi", "multi_repeated", "multi_antonyms", "prefix", "short_suffix", "long_suffix",
+            "mixed", "classes"])
         number: int = knob(512, "pairs of preference=classes", low=1)
         attributes: str = knob("minus", "class of the attributes of the sets with the same two answers in all pairs",
                                choices=["minus", "ambiguous"])
@@ -251,6 +254,9 @@ class AnswersWorld(PairWorld):
     def make_task(self):
         c = self.config
         return Answers(c.words, c.preference, c.p_flip, c.fact, c.tails, c.number, c.attributes, c.whole)
+
+    def continues(self):
+        return self.config.fact
 
     metrics = {
         **PairWorld.metrics,

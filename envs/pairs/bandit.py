@@ -194,10 +194,13 @@ class BanditWorld(PairWorld):
                     features=c.features or None)
 
     def stream(self, method, kind, seed):
-        self.task, self.method = Bandit(self.config, method.seed), method
+        self.task, self.method = self.make(method.seed), method
         if kind == "pairs":
             return self.stored(method, self.task.pairs())
         return super().stream(method, kind, seed)
+
+    def make(self, seed: int) -> PairTask:
+        return Bandit(self.config, seed)
 
     def _start(self):
         """The bandit's own tables; what is learned starts at 0."""

@@ -1,6 +1,6 @@
 """Worlds of preferences: prompts, each with a preferred and a dispreferred response.
 
-Kinds of batches beside those of envs/prompts/base.py, dicts of tensors with b rows:
+Kinds of batches beside those of envs/prompts/base.py and envs/pairs/duels.py, dicts of tensors with b rows:
 
     pairs     prompt, prompt_mask (b, Tp); chosen, chosen_mask, rejected, rejected_mask (b, T); label (b,): the probability that
               chosen beats rejected, 1 unless the data knows it; pair (b,): number of the pair; and, where the task's pairs have
@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from envs.pairs.duels import Duels
 from envs.pairs.task import Pair, PairTask
 from envs.prompts.base import PromptWorld
 from runner.errors import UserError
@@ -37,8 +38,10 @@ class Stored(Stream):
 
     lookahead = 10  # as many updates as a captured graph may hold
 
-    def __init__(self, columns: dict[str, Tensor], start: dict[str, Tensor], rows: int, seed: int, processes=(0, 1)):
-        self.columns, self.start, self.seed, self.taken = columns, start, seed, 0
+    def __init__(self, columns: dict[str, Tensor], start: dict[str, Tensor], rows: int, seed: int, processes=(0, 1),
+                 more: dict[str, Tensor] | None = None):
+        """`more`: what a method may look at before training besides, under names with a slash."""
+        self.columns, self.start, self.seed, self.taken, self.more = columns, start, seed, 0, more or {}
         self.rank, self.ranks = processes
         self.size = len(next(iter(columns.values())))
         self.rows = rows
@@ -50,7 +53,7 @@ class Stored(Stream):
         self.places = torch.zeros(self.lookahead, max(rows, 1), dtype=torch.int64, device=self.device)
 
     def data(self):
-        return {**{f"start/{k}": v for k, v in self.start.items()}, **self.columns}
+        return {**{f"start/{k}": v for k, v in self.start.items()}, **self.more, **self.columns}
 
     def replace(self, data):
         self.columns = data
@@ -135,6 +138,8 @@ class PairWorld(PromptWorld):
         self.method = method
         if kind == "pairs":
             return self.stored(method, self.task.pairs())
+        if kind == "duels":
+            return Duels(self, method, self.task.train(), self._start())
         return super().stream(method, kind, seed)
 
     def stored(self, method, pairs: Sequence[Pair]) -> Stored:
@@ -153,6 +158,11 @@ class PairWorld(PromptWorld):
 
     def provenance(self):
         return {} if self.told is None else self.told
+
+    def preferred(self, problem, response: str, other: str) -> float:
+        """The probability that `response` is preferred to `other`: here the one of greater true reward wins."""
+        mine, theirs = self.true_reward(problem, response), self.true_reward(problem, other)
+        return 0.5 if mine == theirs else float(mine > theirs)
 
     def starts(self):
         return Path(__file__).with_name("starts")

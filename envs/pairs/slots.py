@@ -78,7 +78,7 @@ def template(rng: random.Random, slots: int) -> Template:
 
 
 class Slots(PairTask):
-    """One task for each `seed`, which draws words, templates, codes and everything stored; the alphabet is the same for all."""
+    """One task for each `seed`, which draws words, templates, codes, pairs; the alphabet is always the same."""
 
     alphabet, eos, prompt_length = ALPHABET, ".", 11
 

@@ -14,7 +14,7 @@ from envs.prompts.task import Problem, Task
 
 class Pair(NamedTuple):
     """label: probability that `chosen` beats `rejected`. phrases: for each side, the number of the differing phrase that a
-    character of the response belongs to, 0 for what both sides share. scores: graded quality of each side, where there is one."""
+    character of the response belongs to, 0 for what both sides share. scores: graded quality of each side, if it is told."""
 
     prompt: str
     chosen: str

@@ -114,8 +114,12 @@ class Prompts(Stream):
 class Demonstrations(Stream):
     """Problems of the task with what it demonstrates, `rows` a batch, a function of (seed, number of the row)."""
 
-    def __init__(self, world: PromptWorld, method, problems, rows: int):
+    def __init__(self, world: PromptWorld, method, problems, rows: int, start: dict[str, Tensor] | None = None):
         self.world, self.method, self.pool, self.rows, self.batch = world, method, problems, rows, 0
+        self.start = start or {}
+
+    def data(self):
+        return {f"start/{k}": v for k, v in self.start.items()} or None
 
     def next(self):
         rank, ranks = self.method.processes
@@ -188,7 +192,7 @@ class PromptWorld(World):
 
     def stream(self, method, kind, seed):
         if kind == "demonstrations":
-            return Demonstrations(self, method, self.task.train(), self.config.rows)
+            return Demonstrations(self, method, self.task.train(), self.config.rows, self._start() if self.continues() else None)
         pool = self.task.unlabelled() if kind == "unlabelled" else self.task.train()
         return Prompts(self, method, pool, self._start())
 
@@ -209,6 +213,10 @@ class PromptWorld(World):
         return verdict.correct
 
     # -- starting weights
+    def continues(self) -> bool:
+        """Whether demonstrations go on from the starting weights, instead of making them."""
+        return False
+
     def starts(self) -> Path:
         """The folder of the shipped ones."""
         return STARTS

@@ -39,7 +39,7 @@ class HyPO(PairPolicy):
         responses: int = knob(2, "k: samples to each prompt of the batch", low=1, source="paper", when={"kl": "sampled"})
 
     @property
-    def samples(self):
+    def own_samples(self):
         return self.config.kl == "sampled" and self.config.kl_weight > 0
 
     def setup(self, spec):

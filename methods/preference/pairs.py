@@ -57,13 +57,13 @@ class PairPolicy(TokenMethod):
     ADDITIVE = ("measure", "margin", "weigh", "penalty", "after_update")
 
     _large: bool | None = None  # whether the policy is one whose passes over prompts are worth sharing
-    samples = False             # whether an update samples responses, or looks at the host's numbers otherwise
+    own_samples = False         # whether an update samples responses, or looks at the host's numbers otherwise
 
     @property
     def capturable(self):
         """Small policies at a constant learning rate: an update is the same device work every time."""
         c = self.config
-        return not (self.samples or c.warmup or c.decay != "constant" or c.micro_rows) and hasattr(self, "policy") and \
+        return not (self.own_samples or c.warmup or c.decay != "constant" or c.micro_rows) and hasattr(self, "policy") and \
             not self.large()
 
     def needs_reference(self):
@@ -75,7 +75,7 @@ class PairPolicy(TokenMethod):
         super().prepare(data)
         if "chosen" not in data or not self.needs_reference():
             return None
-        columns = {k: v for k, v in data.items() if not k.startswith("start/")}
+        columns = {k: v for k, v in data.items() if "/" not in k}
         for side in SIDES:
             parts = torch.arange(len(data[side])).split(AT_ONCE)
             told = [self.score_reference({"prompt": data["prompt"][i], "prompt_mask": data["prompt_mask"][i],
