@@ -42,6 +42,9 @@ class HyPO(PairPolicy):
     def own_samples(self):
         return self.config.kl == "sampled" and self.config.kl_weight > 0
 
+    def needs_reference(self):
+        return self.config.kl_weight > 0 or super().needs_reference()  # beside a method that needs none, too
+
     def setup(self, spec):
         super().setup(spec)
         if self.config.kl == "exact" and self.response_length() != 1:

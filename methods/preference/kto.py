@@ -35,6 +35,9 @@ class KTO(PairPolicy):
         point: str = knob("mismatched", "z0: from responses to other prompts, or 0", choices=["mismatched", "zero"],
                           when={"compared": "to_point"})
 
+    def needs_reference(self):
+        return True  # beside a method that needs none, too
+
     def loss(self, pairs):
         c = self.config
         if c.compared == "pairs":

@@ -45,6 +45,9 @@ class MADPO(PairPolicy):
         reward_rate: float = knob(0.01, "its learning rate", low=0.0)
         reward_rows: int = knob(0, "pairs a step of it; 0: all", low=0)
 
+    def needs_reference(self):
+        return True  # the reward model's; beside a method that needs none, too
+
     def prepare(self, data):
         columns, c = super().prepare(data), self.config
         if columns is not None and (c.c_max > 1 or c.labels == "model"):

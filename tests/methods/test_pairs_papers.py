@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from pair_methods import TEXTS, arm_pairs, gradient, seen, slopes, tabular, value, word_pairs, words
-from token_methods import bare
+from token_methods import bare, composed
 
 from methods.preference.dpo import DPO
 from methods.preference.f_dpo import FDPO, score
@@ -15,6 +15,7 @@ from methods.preference.hypo import HyPO
 from methods.preference.madpo import MADPO, amplification, weight
 from methods.preference.rpo import RPO
 from runner.errors import UserError
+from runner.run import assemble
 
 D = torch.double
 L = torch.tensor([[-1.1, -0.5, -3.0], [-2.0, -0.4, -1.0]], dtype=D)
@@ -284,3 +285,10 @@ def test_an_exact_kl_over_sequences_is_refused():
         words(HyPO, kl="exact")
 
 
+
+
+@pytest.mark.parametrize("names", ["hypo+simpo", "kto+simpo", "madpo+odds_ratio_po"])
+def test_a_method_without_reference_leaves_it_to_the_other(names):
+    method, _, stream = assemble(composed(f"method={names}", "env=bandit"))
+    assert method.reference is not None and "chosen_reference" in stream.data()
+    method.update(stream.next())
