@@ -137,6 +137,9 @@ class Method(nn.Module):
         """One step. Returns metrics as device tensors (scalars); never synchronises with the host."""
         raise NotImplementedError(f"{type(self).__name__}.update")
 
+    def compile_networks(self):
+        """hardware.compile: put torch.compile where it pays. By default nothing is compiled."""
+
     def stage(self) -> int:
         """Number of the phase that the next update belongs to, for methods whose work changes in the course of training."""
         return 0

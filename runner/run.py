@@ -132,6 +132,8 @@ def _assemble(job: Job, fabric=None):
     method.planned, method.seed = job.config["loop"]["steps"], seed
     method.processes = (rank, fabric.world_size if fabric else 1)
     method.to(device)
+    if job.config["hardware"]["compile"]:
+        method.compile_networks()
     if fabric is not None and fabric.world_size > 1:
         from runner.parallel import share
         share(method, fabric, job.config["hardware"]["strategy"])

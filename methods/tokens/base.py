@@ -59,6 +59,11 @@ class TokenMethod(Method):
         self.optimizers = {"policy": torch.optim.AdamW(parameters, lr=c.learning_rate, betas=BETAS,
                                                        weight_decay=c.weight_decay, fused=True, **on_gpu)}
 
+    def compile_networks(self):
+        """The blocks of the project's own transformer, one by one: elementwise work between its products is fused."""
+        for layer in getattr(getattr(self.policy, "model", None), "layers", []):
+            layer.compile()
+
     def prepare(self, data: dict[str, Tensor]):
         """Start from the weights that the world offers (`start/NAME`), unless the policy brings its own."""
         start = {k.removeprefix("start/"): v for k, v in data.items() if k.startswith("start/")}
