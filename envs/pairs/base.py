@@ -8,6 +8,8 @@ Kinds of batches beside those of envs/prompts/base.py and envs/pairs/duels.py, d
               sides share; chosen_score, rejected_score (b,): further rewards that the data has of both
 
 Stored rows are handed out in shuffled epochs, a function of (seed, epoch); `batch_size` 0 hands out all of them at once.
+Pairs whose two sides are the same tokens (written so, or cut to the same response_length) say nothing of a preference: they are
+dropped, and the record of a run tells how many (`provenance`).
 Gold metrics look at responses that the policy samples to held-out prompts, beside those that it sampled at its start (the
 reference), and at held-out pairs.
 """
@@ -115,6 +117,8 @@ class PairWorld(PromptWorld):
     class Config(PromptWorld.Config):
         batch_size: int = knob(64, "pairs a batch; 0: all of them", low=0)
 
+    told: dict | None = None  # of the pairs that were handed out
+
     metrics = {
         "reward": Metric("max", "", "true reward of a sampled response to a held-out prompt"),
         "win_rate": Metric("max", "", "share of sampled responses that are truly better than the reference's; ties count half"),
@@ -133,13 +137,27 @@ class PairWorld(PromptWorld):
     def stream(self, method, kind, seed):
         self.method = method
         if kind == "pairs":
-            pairs = self.task.pairs()
-            if not pairs:
-                raise UserError("this env has no training pairs")
-            return Stored(encode_pairs(method, pairs), self._start(), self.config.batch_size, method.seed, method.processes)
+            return self.stored(method, self.task.pairs())
         if kind == "duels":
             return Duels(self, method, self.task.train(), self._start())
         return super().stream(method, kind, seed)
+
+    def stored(self, method, pairs: Sequence[Pair]) -> Stored:
+        """The stream of these pairs, without those whose sides are the same."""
+        if not pairs:
+            raise UserError("this env has no training pairs")
+        columns = encode_pairs(method, pairs)
+        differ = ((columns["chosen"] != columns["rejected"]) | (columns["chosen_mask"] != columns["rejected_mask"])).any(1)
+        number = int(differ.sum())
+        self.told = {"pairs": number, "identical": len(pairs) - number, "digest": digest(pairs)}
+        if not number:
+            raise UserError(f"none of the {len(pairs)} pairs has two different responses\n"
+                            "allow longer ones (env.response_length) if they are cut off before they differ")
+        columns = {k: v[differ] for k, v in columns.items()}
+        return Stored(columns, self._start(), self.config.batch_size, method.seed, method.processes)
+
+    def provenance(self):
+        return {} if self.told is None else self.told
 
     def preferred(self, problem, response: str, other: str) -> float:
         """The probability that `response` is preferred to `other`: here the one of greater true reward wins."""

@@ -152,6 +152,10 @@ class PairPolicy(TokenMethod):
         return {"chosen": chosen.mean(), "rejected": rejected.mean(), "margin": gap.mean(), "fallen": (chosen < 0).float().mean(),
                 "accuracy": (torch.sign(gap) / 2 + 0.5).mean()}
 
+    def implicit_reward(self, rho: Tensor) -> Tensor:
+        """What the policy's log-ratios say of rewards, up to a constant of the prompt; for worlds that know the true ones."""
+        return self.config.beta * rho
+
     def difference(self, pairs: Pairs) -> Tensor:
         """z (b,) = beta (s_w - s_l) - g, as the parts worth and margin say."""
         s, margin = self.worth(pairs), self.margin(pairs)
@@ -198,6 +202,11 @@ class PairPolicy(TokenMethod):
 def logistic(z: Tensor, p: Tensor) -> Tensor:
     """-p log sigma(z) - (1 - p) log sigma(-z), elementwise."""
     return -(p * F.logsigmoid(z) + (1 - p) * F.logsigmoid(-z))
+
+
+def preferred(x: Tensor, p: Tensor) -> Tensor:
+    """Of numbers x (2, b) of both sides that of the preferred one, (b,): x_w, and in between where p is."""
+    return p * x[0] + (1 - p) * x[1]
 
 
 def plus(penalty: Tensor | None, more: Tensor) -> Tensor:

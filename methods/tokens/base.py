@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from methods.tokens import checkpoint, lora
-from methods.tokens.engine import Sampler
+from methods.tokens.engine import Generated, Sampler
 from methods.tokens.graphed import Graphed
 from methods.tokens.scoring import buckets, log_prob_and_entropy, score
 from runner.errors import UserError
@@ -123,19 +123,25 @@ class TokenMethod(Method):
                  steps: int | None = None, fresh: bool = True) -> Completions:
         """Sample `samples` responses to each text. uniforms (B, T) in [0, 1): one number a token; temperature 0: the most
         probable token. `fresh`: the weights may have changed since the last call."""
-        if self._sampler is None:
-            self._sampler, fresh = Sampler(self.policy), True
         prompt, prompt_mask = self.encode(texts)
-        steps = steps or self.response_length()
-        with self.autocast():
-            if fresh:
-                self._sampler.refresh()
-            out = self._sampler.generate(prompt, prompt_mask, group=samples, steps=steps, eos=self.tokenizer.eos,
-                                         pad=self.tokenizer.pad, uniforms=uniforms, temperature=temperature, adjust=adjust)
+        out = self.respond(prompt, prompt_mask, samples, uniforms, temperature, adjust, steps, fresh)
         lengths = out.mask.sum(1).tolist()
         decoded = [self.tokenizer.decode(row[:n]) for row, n in zip(out.response.tolist(), lengths)]
         return Completions(decoded, prompt.repeat_interleave(samples, 0), prompt_mask.repeat_interleave(samples, 0),
                            out.response, out.mask, out.log_prob)
+
+    @torch.no_grad()
+    def respond(self, prompt: Tensor, prompt_mask: Tensor, samples: int, uniforms: Tensor, temperature: float = 1.0, adjust=None,
+                steps: int | None = None, fresh: bool = True) -> Generated:
+        """`generate` from tokens to tokens: prompt, prompt_mask (P, Tp) -> response, mask, log_prob (P * samples, T)."""
+        if self._sampler is None:
+            self._sampler, fresh = Sampler(self.policy), True
+        with self.autocast():
+            if fresh:
+                self._sampler.refresh()
+            return self._sampler.generate(prompt, prompt_mask, group=samples, steps=steps or self.response_length(),
+                                          eos=self.tokenizer.eos, pad=self.tokenizer.pad, uniforms=uniforms,
+                                          temperature=temperature, adjust=adjust)
 
     def score(self, rows: dict[str, Tensor], measure=log_prob_and_entropy, temperature: float = 1.0, policy=None,
               trunk=None, beside=None) -> dict[str, Tensor]:

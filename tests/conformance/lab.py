@@ -19,6 +19,8 @@ METHODS = BOOK.names("method")
 
 def smallest(name: str) -> str:
     fits = BOOK.fitting(BOOK.methods(name))
+    if BOOK.methods(name)[0].card.get("tokens") == "several":
+        fits = [e for e in fits if BOOK.get("env", e).card.get("policy") != "arms"]
     return next((e for e in ("pointmass", "pointmass_medium", "pendulum", "countdown", "bandit") if e in fits), fits[0])
 
 
