@@ -105,6 +105,9 @@ class TokenMethod(Method):
         where the alphabet has one, else the tokeniser's end is added."""
         width = self.response_length()
         ids = torch.full((len(texts), width), self.tokenizer.pad)
+        end = self.spec.end or ""
+        if not hasattr(self.tokenizer, "characters") and not end.isprintable():
+            texts = [t.removesuffix(end) for t in texts]  # it stands for the tokeniser's own end, which is added
         rows = [self.tokenizer.encode_response(t)[:width] for t in texts]
         for i, row in enumerate(rows):
             ids[i, :len(row)] = torch.tensor(row, dtype=torch.int64)
