@@ -173,8 +173,7 @@ class PairWorld(PromptWorld):
         start = {} if method.blueprint.own_weights else self._start()
         if start:
             return method.with_weights({k: v.to(method.device()) for k, v in start.items()})
-        held = getattr(method, "reference", None)
-        return method.with_weights(held.state_dict()) if held is not None else None
+        return method.with_weights()
 
     def evaluate(self, method, seed):
         with torch.no_grad():

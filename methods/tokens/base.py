@@ -234,13 +234,19 @@ class TokenMethod(Method):
         hidden = self.policy.hidden(ids, mask)[:, rows.prompt.shape[1] - 1:-1]
         return (hidden @ self.policy.head.T).float().log_softmax(-1)
 
-    def with_weights(self, weights: dict[str, Tensor]) -> TokenMethod:
-        """The same method with other weights in its policy, to evaluate beside it. What it samples and scores is theirs."""
+    def with_weights(self, weights: dict[str, Tensor] | None = None) -> TokenMethod | None:
+        """The same method with other weights in its policy, to evaluate beside it: what it samples and scores is theirs. None:
+        the policy as it was at the start, where the method keeps that."""
+        if weights is None and self.reference is None and not lora.adapted(self.policy):
+            return None
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._modules = dict(self._modules)
-        other.policy = copy.deepcopy(self.policy)
-        other.policy.load_state_dict(weights)
+        if weights is None:
+            other.policy = self.reference if self.reference is not None else lora.without(self.policy)
+        else:
+            other.policy = copy.deepcopy(self.policy)
+            other.policy.load_state_dict(weights)
         other._sampler, other._graphed = None, None
         return other
 
