@@ -134,8 +134,8 @@ def test_soft_labels_are_the_oracle():
 
 
 def test_online_dpo_of_one_pass_is_dpo_on_its_pairs():
-    job = compose(["method=online_dpo", "env=cyclic", "method.prompts=64", "method.passes=1", "logger=none", "hardware=cpu"], BOOK)
-    method, _, stream = assemble(job)
+    words = ["method=online_dpo", "env=cyclic", "method.prompts=64", "method.passes=1", "logger=none", "hardware=cpu"]
+    method, _, stream = assemble(compose(words, BOOK))
     batch = stream.next()
     columns = method.paired(batch)
     plain = tabular(DPO, method.policy.base, learning_rate=method.config.learning_rate, gradient_norm=1.0)
