@@ -179,9 +179,17 @@ class PairWorld(PromptWorld):
     def evaluate(self, method, seed):
         with torch.no_grad():
             reference = self.reference(method)
-            problems = [p for p, _ in zip(self.task.held_out(), range(self.config.eval_prompts))]
+            problems = [p for p, _ in zip(self.judged_problems(method), range(self.config.eval_prompts))]
             out = self.sampled(method, reference, problems, seed) if problems else {}
             return {**out, **self.on_pairs(method, reference), **self.on_old(method, reference)}
+
+    def judged_problems(self, method):
+        """The held-out problems that responses are sampled to."""
+        return self.task.held_out()
+
+    def judged_pairs(self, method) -> Sequence[Pair]:
+        """The held-out pairs."""
+        return self.task.held_out_pairs()
 
     def true_reward(self, problem, response: str) -> float:
         verdict = self.judge(problem, response)
@@ -215,7 +223,7 @@ class PairWorld(PromptWorld):
         return out
 
     def on_pairs(self, method, reference) -> dict[str, float]:
-        pairs = self.task.held_out_pairs()
+        pairs = self.judged_pairs(method)
         if not pairs or reference is None:
             return {}
         columns, change = encode_pairs(method, pairs), {}

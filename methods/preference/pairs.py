@@ -116,14 +116,13 @@ class PairPolicy(TokenMethod):
     def forks(self, rows: int) -> bool:
         return self.large() and hasattr(self.policy, "model") and not 0 < self.config.micro_rows < rows
 
-    def score(self, rows, measure=scoring.log_prob_and_entropy, temperature=1.0, policy=None, trunk=None):
+    def score(self, rows, measure=scoring.log_prob_and_entropy, temperature=1.0, policy=None, trunk=None, beside=None):
+        texts = rows["prompt"], rows["prompt_mask"], rows["response"], rows["mask"].bool()
         if self.capturable and rows["prompt"].is_cuda:
-            return scoring.score(policy or self.policy, rows["prompt"], rows["prompt_mask"], rows["response"],
-                                 rows["mask"].bool(), measure, temperature, waits=False)
+            return scoring.score(policy or self.policy, *texts, measure, temperature, waits=False, beside=beside)
         if len(rows["prompt"]) == len(rows["response"]):
-            return super().score(rows, measure, temperature, policy, trunk)
-        return scoring.score_forked(policy or self.policy, rows["prompt"], rows["prompt_mask"], rows["response"],
-                                    rows["mask"].bool(), measure, temperature)
+            return super().score(rows, measure, temperature, policy, trunk, beside)
+        return scoring.score_forked(policy or self.policy, *texts, measure, temperature, beside)
 
     def pairs(self, batch) -> Pairs:
         mask = torch.stack([batch[f"{s}_mask"] for s in SIDES]).float()

@@ -11,7 +11,6 @@ tokeniser from the world's Spec. Worlds speak in texts; between them and the pol
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import math
@@ -66,7 +65,11 @@ class TokenMethod(Method):
 
     def prepare(self, data: dict[str, Tensor]):
         """Start from the weights that the world offers (`start/NAME`), unless the policy brings its own."""
-        start = {k.removeprefix("start/"): v for k, v in data.items() if k.startswith("start/")}
+        self.load_start({k.removeprefix("start/"): v for k, v in data.items() if k.startswith("start/")})
+
+    def load_start(self, start: dict[str, Tensor]):
+        """The weights that training begins from, which are the reference's, too. {}: those that the policy has. Streams that
+        have something to ask of that policy call it before `prepare` does."""
         if start and not self.blueprint.own_weights:
             wrong = [k for k, v in self.policy.state_dict().items() if k not in start or start[k].shape != v.shape]
             if wrong:
@@ -102,6 +105,9 @@ class TokenMethod(Method):
         where the alphabet has one, else the tokeniser's end is added."""
         width = self.response_length()
         ids = torch.full((len(texts), width), self.tokenizer.pad)
+        end = self.spec.end or ""
+        if not hasattr(self.tokenizer, "characters") and not end.isprintable():
+            texts = [t.removesuffix(end) for t in texts]  # it stands for the tokeniser's own end, which is added
         rows = [self.tokenizer.encode_response(t)[:width] for t in texts]
         for i, row in enumerate(rows):
             ids[i, :len(row)] = torch.tensor(row, dtype=torch.int64)
@@ -141,16 +147,25 @@ class TokenMethod(Method):
                                           temperature=temperature, adjust=adjust)
 
     def score(self, rows: dict[str, Tensor], measure=log_prob_and_entropy, temperature: float = 1.0, policy=None,
-              trunk=None) -> dict[str, Tensor]:
-        """rows: prompt, prompt_mask, response, mask -> what `measure` tells of every response token, each (b, T)."""
+              trunk=None, beside=None) -> dict[str, Tensor]:
+        """rows: prompt, prompt_mask, response, mask -> what `measure` tells of every response token, each (b, T). beside: a
+        policy whose logits it sees, too."""
         return score(policy or self.policy, rows["prompt"], rows["prompt_mask"], rows["response"], rows["mask"].bool(),
-                     measure, temperature, trunk=trunk)
+                     measure, temperature, trunk=trunk, beside=beside)
+
+    def start_policy(self):
+        """The policy as it was at the start, for `score`: the copy of it, or the policy itself without its adapters."""
+        return self.reference if self.reference is not None else lora.Unadapted(self.policy)
 
     @torch.no_grad()
-    def score_reference(self, rows: dict[str, Tensor], temperature: float = 1.0) -> dict:
-        """log_prob and entropy (b, T) of the policy as it was at the start."""
-        with contextlib.nullcontext() if self.reference is not None else lora.reference(self.policy):
-            return self.score(rows, temperature=temperature, policy=self.reference)
+    def score_reference(self, rows: dict[str, Tensor], temperature: float = 1.0, policy=None) -> dict:
+        """log_prob and entropy (b, T) of the policy as it was at the start, or of another, in parts of `micro_rows`."""
+        policy, parts = policy or self.start_policy(), self._parts(rows)
+        if not parts:
+            return self.score(rows, temperature=temperature, policy=policy)
+        told = [self.score(part, temperature=temperature, policy=policy) for _, part in parts]
+        order = torch.cat([i for i, _ in parts]).argsort()
+        return {k: torch.cat([t[k] for t in told])[order] for k in told[0]}
 
     # -- one step of the optimiser
     def schedule(self, step: int, total: int):
@@ -162,37 +177,46 @@ class TokenMethod(Method):
         for group in self.optimizers["policy"].param_groups:
             group["lr"] = rate
 
-    def fit(self, rows: dict[str, Tensor], measure, temperature: float, loss) -> Tensor:
-        """One optimiser step on loss(measured), where measured = score(rows, measure) with gradient; returns the loss.
+    def _parts(self, rows: dict[str, Tensor]) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """At most `micro_rows` rows at a time, of like length, so that there is little padding: (their numbers, their tokens).
+        Empty where all rows go at once."""
+        size = self.config.micro_rows
+        if not size or size >= len(rows["response"]):
+            return []
+        columns = {k: rows[k] for k in ("prompt", "prompt_mask", "response", "mask")}
+        parts = buckets(rows["prompt_mask"].sum(1) + rows["mask"].sum(1), rows=size)
+        return [(i, {k: v[i] for k, v in columns.items()}) for i in parts]
+
+    def fit(self, rows: dict[str, Tensor], measure, temperature: float, loss, beside=None) -> Tensor:
+        """One optimiser step on loss(measured), where measured = score(rows, measure) with gradient; returns the loss. beside: a
+        policy whose logits `measure` sees, too.
 
         With `micro_rows` the rows go through the policy in parts: once without gradient, so that the loss sees all of them
         and gives the gradient of each measured number; and once more with it, a part at a time. Losses that look at the whole
         minibatch (its quantiles, its mean entropy) therefore stay what they are."""
-        c, number = self.config, len(rows["response"])
+        parts, number = self._parts(rows), len(rows["response"])
         parameters = self.optimizers["policy"].param_groups[0]["params"]
         for p in parameters:
             p.grad = None
-        if not c.micro_rows or c.micro_rows >= number:
+        if not parts:
             if self._graphed is None:
                 self._graphed = Graphed(self.policy)
             length = rows["prompt"].shape[1] + rows["response"].shape[1]
             trunk = None if self.capturable else self._graphed.trunk(number, length)  # then the whole update is captured
-            value = loss(self.score(rows, measure, temperature, trunk=trunk))
+            value = loss(self.score(rows, measure, temperature, trunk=trunk, beside=beside))
             self.engine.backward(value)
         else:
-            parts = buckets(rows["prompt_mask"].sum(1) + rows["mask"].sum(1), rows=c.micro_rows)  # of like length: little padding
-            cut = [{k: rows[k][i] for k in ("prompt", "prompt_mask", "response", "mask")} for i in parts]
             with torch.no_grad():
-                seen = [self.score(part, measure, temperature) for part in cut]
-            order = torch.cat(parts).argsort()
+                seen = [self.score(part, measure, temperature, beside=beside) for _, part in parts]
+            order = torch.cat([i for i, _ in parts]).argsort()
             leaves = {k: torch.cat([s[k] for s in seen])[order].requires_grad_() for k in seen[0]}
             value = loss(leaves)
             self.engine.backward(value)
             gradients = {k: v.grad for k, v in leaves.items() if v.grad is not None}
-            for i, part in zip(parts, cut):
-                again = self.score(part, measure, temperature)
+            for i, part in parts:
+                again = self.score(part, measure, temperature, beside=beside)
                 self.engine.backward(sum((again[k] * g[i]).sum() for k, g in gradients.items()))
-        self._step("policy", parameters, c.gradient_norm, False)
+        self._step("policy", parameters, self.config.gradient_norm, False)
         return value.detach()
 
     # -- what a world asks for

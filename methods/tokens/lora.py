@@ -53,6 +53,22 @@ def reference(policy: nn.Module):
             layer.enable_adapters(True)
 
 
+class Unadapted:
+    """A policy as it was before its adapters, with what scoring asks of a policy."""
+
+    def __init__(self, policy: nn.Module):
+        self.policy = policy
+
+    def packed(self, ids):
+        with reference(self.policy):
+            return self.policy.packed(ids)
+
+    @property
+    def head(self):
+        with reference(self.policy):
+            return self.policy.head
+
+
 def merged_copy(policy: nn.Module) -> nn.Module:
     """A copy with its adapters merged into the weights, plain layers in their place; without adapters, the policy itself."""
     if not adapted(policy):

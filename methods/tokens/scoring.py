@@ -31,17 +31,27 @@ def log_prob(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
     return {"log_prob": logits.log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)}
 
 
-Measure = Callable[[Tensor, Tensor], dict[str, Tensor]]
+def whole_kl(logits: Tensor, reference: Tensor, reverse: bool = False) -> Tensor:
+    """KL(reference || policy) over the whole vocabulary, exact; reverse: KL(policy || reference). Logits (n, V) twice -> (n,).
+
+    By log_softmax on both sides: the logarithm of a softmax would be -inf for what has all but no probability."""
+    log_p, log_q = logits.log_softmax(-1), reference.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1) if reverse else (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+Measure = Callable[..., dict[str, Tensor]]  # (logits (n, V), target (n,)[, the other policy's logits (n, V)]) -> (n,) each
 
 
 def score(policy, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: Tensor,
           measure: Measure = log_prob_and_entropy, temperature: float | Tensor = 1.0,
-          chunk: int | None = None, trunk=None, waits: bool = True) -> dict[str, Tensor]:
+          chunk: int | None = None, trunk=None, waits: bool = True, beside=None) -> dict[str, Tensor]:
     """What `measure` says of every response token, (b, T) float32 each; 0 off the mask.
 
     prompt, prompt_mask (b, Tp), padded on the left, no row empty; response, mask (b, T), padded on the right. `measure` gets
     logits (n, V) float32, divided by the temperature (a number, or a tensor like response), and targets (n,). chunk: positions
     whose logits exist at once. trunk: ids -> hidden in the place of the policy's, for the whole width (graphed.py).
+    beside: another policy over the same tokens; `measure` then gets its logits, too, without gradient, over the same
+    temperature. Of it only hidden states are kept, never logits.
     Waits for the device, since the number of positions decides shapes; with waits=False padding goes through the head as well."""
     whole = torch.cat([prompt_mask, mask], 1)
     packed, _ = pack(torch.cat([prompt, response], 1), whole)
@@ -50,11 +60,16 @@ def score(policy, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: T
     picked = mask.flatten().nonzero().squeeze(-1) if waits else torch.arange(mask.numel(), device=mask.device)
     place = (whole.cumsum(-1)[:, prompt.shape[1]:] - 2).clamp(min=0)  # of the token before, which predicts this one
     row = torch.arange(len(mask), device=mask.device).unsqueeze(-1) * longest
-    hidden = (trunk or policy.packed)(packed[:, :longest]).flatten(0, 1).index_select(0, (place + row).flatten()[picked])
+    place = (place + row).flatten()[picked]
+    hidden = (trunk or policy.packed)(packed[:, :longest]).flatten(0, 1).index_select(0, place)
+    other = None
+    if beside is not None:
+        with torch.no_grad():
+            other = beside.packed(packed[:, :longest]).flatten(0, 1).index_select(0, place), beside.head
     target = response.flatten()[picked]
     if isinstance(temperature, Tensor):
         temperature = temperature.expand(response.shape).flatten()[picked].unsqueeze(-1).float()
-    values = measured(hidden, policy.head, target, measure, temperature, chunk)
+    values = measured(hidden, policy.head, target, measure, temperature, chunk, other)
     if not waits:
         return {name: value.float().view(mask.shape).where(mask, 0.0) for name, value in values.items()}
     zeros = torch.zeros(mask.numel(), device=mask.device)
@@ -62,7 +77,7 @@ def score(policy, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: T
 
 
 def score_forked(policy, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: Tensor,
-                 measure: Measure = log_prob_and_entropy, temperature: float = 1.0) -> dict[str, Tensor]:
+                 measure: Measure = log_prob_and_entropy, temperature: float = 1.0, beside=None) -> dict[str, Tensor]:
     """`score` of several responses to each prompt, which goes through the trunk once: b prompts (b, Tp), responses (s * b, T),
     the first of every prompt, then the second of every prompt, …; what is told is (s * b, T).
 
@@ -85,45 +100,55 @@ def score_forked(policy, prompt: Tensor, prompt_mask: Tensor, response: Tensor, 
     positions = torch.where(part == 0, place, place - begins.gather(1, known) + lengths)
     earlier = place[:, None] >= place
     seen = earlier & ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None]))
-    hidden = policy.model(ids, positions, seen)
+    hidden, other = policy.model(ids, positions, seen), None
     # The token before the first of a response is the prompt's last.
     inside = mask.long().cumsum(-1).view(sides, b, -1) - 1
     before = torch.where(inside == 0, lengths - 1, begins.T[1:, :, None] + inside - 1)
     row = torch.arange(b, device=ids.device)[:, None] * longest
     picked = mask.flatten().nonzero().squeeze(-1)
-    hidden = hidden.flatten(0, 1).index_select(0, (before + row).flatten()[picked])
-    values = measured(hidden, policy.head, response.flatten()[picked], measure, temperature)
+    place = (before + row).flatten()[picked]
+    hidden = hidden.flatten(0, 1).index_select(0, place)
+    if beside is not None:
+        with torch.no_grad():
+            other = beside.model(ids, positions, seen).flatten(0, 1).index_select(0, place), beside.head
+    values = measured(hidden, policy.head, response.flatten()[picked], measure, temperature, None, other)
     zeros = torch.zeros(mask.numel(), device=mask.device)
     return {name: zeros.index_copy(0, picked, value.float()).view(mask.shape) for name, value in values.items()}
 
 
 def measured(hidden: Tensor, head: Tensor, target: Tensor, measure: Measure, temperature: float | Tensor = 1.0,
-             chunk: int | None = None) -> dict[str, Tensor]:
+             chunk: int | None = None, other: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
     """`measure` of the logits hidden @ head.T / temperature: hidden (n, width), head (V, width), target (n,) -> (n,) each.
 
-    Computes in autocast's precision where it is on, else in hidden's; temperature: a number or (n, 1) without gradient."""
+    Computes in autocast's precision where it is on, else in hidden's; temperature: a number or (n, 1) without gradient. other:
+    hidden states and head of another policy, whose logits `measure` is to see, too."""
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     hidden = hidden.to(dtype)
-    chunk = chunk or max(1, ELEMENTS // len(head))
+    chunk = chunk or max(1, ELEMENTS // len(head) // (1 if other is None else 2))
     with torch.autocast(kind, enabled=False):
         if measure is log_prob_and_entropy:
             return dict(zip(("log_prob", "entropy"), _Fast.apply(hidden, head, target, temperature, chunk, True)))
         if measure is log_prob:
             return {"log_prob": _Fast.apply(hidden, head, target, temperature, chunk, False)[0]}
-        return _general(hidden, head, target, measure, temperature, chunk)
+        other = tuple(t.to(dtype) for t in other or ())
+        return _general(hidden, head, target, measure, temperature, chunk, *other)
 
 
-def _general(hidden, head, target, measure, temperature, chunk) -> dict[str, Tensor]:
-    def part(hidden, target, temperature):
-        logits = _Logits.apply(hidden, head)
-        return measure(logits if isinstance(temperature, float) and temperature == 1.0 else logits / temperature, target)
+def _general(hidden, head, target, measure, temperature, chunk, beside=None, beside_head=None) -> dict[str, Tensor]:
+    def part(hidden, target, temperature, *beside):
+        logits = [_Logits.apply(hidden, head)]
+        with torch.no_grad():
+            logits += [product(b, beside_head) for b in beside]
+        if not (isinstance(temperature, float) and temperature == 1.0):
+            logits = [z / temperature for z in logits]
+        return measure(logits[0], target, *logits[1:])
 
     again = torch.is_grad_enabled() and len(hidden) * len(head) > KEPT
     parts = []
     for i in range(0, max(len(hidden), 1), chunk):
         heat = temperature[i:i + chunk] if isinstance(temperature, Tensor) else temperature
-        args = hidden[i:i + chunk], target[i:i + chunk], heat
+        args = [hidden[i:i + chunk], target[i:i + chunk], heat] + ([] if beside is None else [beside[i:i + chunk]])
         parts.append(checkpoint(part, *args, use_reentrant=False) if again else part(*args))
     return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 

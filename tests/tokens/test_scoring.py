@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from methods.tokens import scoring
-from methods.tokens.scoring import buckets, log_prob, log_prob_and_entropy, score
+from methods.tokens.scoring import buckets, log_prob, log_prob_and_entropy, score, whole_kl
 from methods.tokens.transformer import Shape, Transformer
 
 SMALL = Shape(23, 32, 2, 4, 2, 48, context=64, qkv_bias=True)
@@ -154,3 +154,95 @@ def test_responses_to_one_prompt_share_its_pass(kv_heads):
         torch.testing.assert_close(forked[key], plain[key], atol=1e-5, rtol=1e-5)
     for one, two in zip(*gradients):
         torch.testing.assert_close(one, two, atol=1e-4 * float(one.abs().max()), rtol=1e-3)
+
+
+# ---- another policy's logits beside
+
+
+def both(logits, target, first):
+    return {"forward": whole_kl(logits, first), "reverse": whole_kl(logits, first, reverse=True), **own(logits, target)}
+
+
+def other_policy():
+    torch.manual_seed(2)
+    return policy(Shape(**{**SMALL.__dict__, "width": 48, "tied": False}))  # only the vocabulary has to be the same
+
+
+@pytest.mark.parametrize("chunk", [1, 5, None])
+@pytest.mark.parametrize("kept", [0, 2 ** 24])
+@pytest.mark.parametrize("heat", [1.0, 0.7, "each"])
+def test_exact_kl_to_another_policy_and_its_gradient(chunk, kept, heat, monkeypatch):
+    monkeypatch.setattr(scoring, "KEPT", kept)
+    data, model, other = batch(), policy(), other_policy()
+    if heat == "each":
+        heat = 0.5 + torch.rand(data[2].shape)
+    exact, known = copy.deepcopy(model).double(), copy.deepcopy(other).double()
+    weights = torch.randn(2, *data[2].shape)
+    out = score(model, *data, both, heat, chunk, beside=other)
+    whole = torch.cat([data[1], data[3]], 1)
+    log_p, log_q = ((m.hidden(torch.cat([data[0], data[2]], 1), whole) @ m.head.T)[:, data[0].shape[1] - 1:-1]
+                    for m in (exact, known))
+    log_p, log_q = ((z / (heat.unsqueeze(-1) if torch.is_tensor(heat) else heat)).log_softmax(-1) for z in (log_p, log_q))
+    log_q = log_q.detach()
+    truth = {"forward": (log_q.exp() * (log_q - log_p)).sum(-1), "reverse": (log_p.exp() * (log_p - log_q)).sum(-1)}
+    for name, value in truth.items():
+        assert value[data[3]].min() > 0.01
+        torch.testing.assert_close(out[name].double(), value.where(data[3], 0.0), atol=1e-5, rtol=1e-5)
+    sum((w * out[name]).sum() for w, name in zip(weights, truth)).backward()
+    sum((w * truth[name].where(data[3], 0.0)).sum() for w, name in zip(weights, truth)).backward()
+    for (name, p), q in zip(model.named_parameters(), exact.named_parameters()):
+        scale = q[1].grad.abs().max().clamp(min=1)
+        torch.testing.assert_close(p.grad.double() / scale, q[1].grad / scale, atol=1e-5, rtol=0, msg=name)
+    assert all(p.grad is None for p in other.parameters())
+
+
+def test_the_kl_to_itself_is_nothing_and_of_what_has_no_probability_finite():
+    data, model = batch(), policy()
+    out = score(model, *data, both, beside=copy.deepcopy(model))
+    assert max(out[k].abs().max() for k in ("forward", "reverse")) < 1e-6
+    far = torch.tensor([[0.0, -300.0, 5.0]])
+    for reverse in (False, True):
+        assert whole_kl(far, far.flip(-1), reverse).isfinite().all()
+    assert whole_kl(torch.zeros(1, 2), torch.tensor([[0.0, -300.0]])).item() == pytest.approx(torch.tensor(2.0).log().item())
+
+
+def test_no_logits_of_either_policy_are_kept(monkeypatch):
+    monkeypatch.setattr(scoring, "KEPT", 0)
+    shape, sizes = Shape(3001, 16, 1, 2, 2, 16), []
+    model, other, data = policy(shape), policy(shape), batch(vocabulary=3001)
+
+    def note(t):
+        sizes.append(t.shape)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        out = score(model, *data, both, chunk=4, beside=other)
+    assert sizes and all(shape == (3001, 16) or 3001 not in shape for shape in sizes)
+    out["forward"].sum().backward()
+
+
+def test_autocast_beside():
+    model, other, data = policy(), other_policy(), batch()
+    whole = score(model, *data, both, beside=other)["forward"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = score(model, *data, both, beside=other)["forward"]
+    half.sum().backward()
+    assert half.dtype == torch.float32 and 0 < (half - whole).abs().max() < 0.5
+
+
+def test_a_policy_without_its_adapters_beside_itself():
+    pytest.importorskip("peft")
+    from methods.tokens.lora import Unadapted, add_lora
+    data, model = batch(), policy(Shape(**{**SMALL.__dict__, "tied": False}))
+    base = copy.deepcopy(model)
+    trainable = add_lora(model, rank=2, alpha=4.0, targets=("q_proj", "down_proj", "lm_head"))
+    with torch.no_grad():
+        for p in trainable:
+            p.add_(0.3 * torch.randn_like(p))
+    mine, copied = (score(model, *data, both, beside=b) for b in (Unadapted(model), base))
+    assert mine["forward"].max() > 1e-3
+    for name in mine:
+        assert torch.equal(mine[name], copied[name])
+    gradients = [torch.autograd.grad(out["forward"].sum(), trainable) for out in (mine, copied)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients)) and all(g.abs().sum() > 0 for g in gradients[0])
+    assert all(p.requires_grad for p in trainable)
