@@ -43,12 +43,8 @@ class Stored(Stream):
         """`more`: what a method may look at before training besides, under names with a slash."""
         self.columns, self.start, self.seed, self.taken, self.more = columns, start, seed, 0, more or {}
         self.rank, self.ranks = processes
-        self.size = len(next(iter(columns.values())))
         self.rows = rows
-        if rows * self.ranks > self.size:
-            raise UserError(f"env.batch_size={rows} on {self.ranks} process(es), but there are {self.size} rows\n"
-                            f"take at most {self.size // self.ranks}, or 0 for all of them at once")
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        self.replace(columns)
         self.device = next(iter(columns.values())).device
         self.places = torch.zeros(self.lookahead, max(rows, 1), dtype=torch.int64, device=self.device)
 
@@ -56,7 +52,11 @@ class Stored(Stream):
         return {**{f"start/{k}": v for k, v in self.start.items()}, **self.more, **self.columns}
 
     def replace(self, data):
-        self.columns = data
+        self.columns, self.size = data, len(next(iter(data.values())))
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        if self.rows * self.ranks > self.size:
+            raise UserError(f"env.batch_size={self.rows} on {self.ranks} process(es), but there are {self.size} rows to train "
+                            f"on\ntake at most {self.size // self.ranks}, or 0 for all of them at once")
 
     def ready(self, number):
         if self.rows:
