@@ -38,12 +38,13 @@ class Job(NamedTuple):
 def identity(config: dict) -> str:
     """The hash of a complete config, without the keys that do not change what is computed."""
     kept = json.loads(json.dumps(config))
-    for key in settings.EXCLUDED:
+    for key in (*settings.EXCLUDED, *settings.LATER):
         *path, last = key.split(".")
         section = kept
         for step in path:
             section = section[step]
-        section.pop(last, None)
+        if key in settings.EXCLUDED or section.get(last) == settings.LATER[key]:
+            section.pop(last, None)
     text = json.dumps(kept, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -26,7 +26,7 @@ import random
 import torch
 from torch import Tensor
 
-from envs.pairs.base import PairWorld, Stored, encode_pairs
+from envs.pairs.base import PairWorld
 from envs.pairs.task import Pair, PairTask
 from envs.prompts.task import Problem, Verdict
 from runner.errors import UserError
@@ -178,8 +178,8 @@ class BanditWorld(PairWorld):
         "unseen_mass": Metric("min", "", "probability given to arms that the data never, or only once, showed"),
         "tail_mass": Metric("none", "", "probability given to the worse half of the arms"),
         "best_mass": Metric("max", "", "probability given to the truly best arm"),
-        "calibration": Metric("min", "", "expected calibration error of sigma(sharpness z) for true win probabilities, ten bins"),
-        "slope": Metric("none", "", "of beta (rho_i - rho_j) over the true r_i - r_j, least squares over all seen pairs"),
+        "calibration": Metric("min", "", "expected calibration error of sigma(z), z a difference of implicit rewards, ten bins"),
+        "slope": Metric("none", "", "of the implicit reward's r_i - r_j over the true one, least squares over all seen pairs"),
     }
 
     def make_task(self):
@@ -196,8 +196,7 @@ class BanditWorld(PairWorld):
     def stream(self, method, kind, seed):
         self.task, self.method = self.make(method.seed), method
         if kind == "pairs":
-            return Stored(encode_pairs(method, self.task.pairs()), self._start(), self.config.batch_size, method.seed,
-                          method.processes)
+            return self.stored(method, self.task.pairs())
         return super().stream(method, kind, seed)
 
     def make(self, seed: int) -> PairTask:
@@ -248,14 +247,14 @@ class BanditWorld(PairWorld):
                 "rejected": rho[x, j].mean().item()}
         beta = getattr(getattr(method, "config", None), "beta", None)
         if beta:
-            out |= self._scale(beta, rho, r)
+            out |= self._scale(method.implicit_reward(rho) if hasattr(method, "implicit_reward") else beta * rho, r)
             out["regularised"] = out["reward"] - beta * kl
         return out
 
-    def _scale(self, beta, rho, r) -> dict[str, float]:
-        """How the implicit reward beta rho compares to the true one."""
+    def _scale(self, implied, r) -> dict[str, float]:
+        """How the implicit reward (X, K), beta rho or what a method takes for it, compares to the true one."""
         i, j = torch.triu_indices(self.task.seen, self.task.seen, 1)
-        mine, true = (beta * rho[:, i] - beta * rho[:, j]).flatten().double(), (r[:, i] - r[:, j]).flatten().double()
+        mine, true = (implied[:, i] - implied[:, j]).flatten().double(), (r[:, i] - r[:, j]).flatten().double()
         z, p = torch.sigmoid(mine), torch.sigmoid(self.config.sharpness * true)
         bins = (z * 10).long().clamp(max=9)
         error = sum((z[bins == b].mean() - p[bins == b].mean()).abs() * (bins == b).double().mean()

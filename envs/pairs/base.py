@@ -8,6 +8,8 @@ Kinds of batches beside those of envs/prompts/base.py and envs/pairs/duels.py, d
               sides share; chosen_score, rejected_score (b,): further rewards that the data has of both
 
 Stored rows are handed out in shuffled epochs, a function of (seed, epoch); `batch_size` 0 hands out all of them at once.
+Pairs whose two sides are the same tokens (written so, or cut to the same response_length) say nothing of a preference: they are
+dropped, and the record of a run tells how many (`provenance`).
 Gold metrics look at responses that the policy samples to held-out prompts, beside those that it sampled at its start (the
 reference), and at held-out pairs.
 """
@@ -36,8 +38,10 @@ class Stored(Stream):
 
     lookahead = 10  # as many updates as a captured graph may hold
 
-    def __init__(self, columns: dict[str, Tensor], start: dict[str, Tensor], rows: int, seed: int, processes=(0, 1)):
-        self.columns, self.start, self.seed, self.taken = columns, start, seed, 0
+    def __init__(self, columns: dict[str, Tensor], start: dict[str, Tensor], rows: int, seed: int, processes=(0, 1),
+                 more: dict[str, Tensor] | None = None):
+        """`more`: what a method may look at before training besides, under names with a slash."""
+        self.columns, self.start, self.seed, self.taken, self.more = columns, start, seed, 0, more or {}
         self.rank, self.ranks = processes
         self.rows = rows
         self.replace(columns)
@@ -45,7 +49,7 @@ class Stored(Stream):
         self.places = torch.zeros(self.lookahead, max(rows, 1), dtype=torch.int64, device=self.device)
 
     def data(self):
-        return {**{f"start/{k}": v for k, v in self.start.items()}, **self.columns}
+        return {**{f"start/{k}": v for k, v in self.start.items()}, **self.more, **self.columns}
 
     def replace(self, data):
         self.columns, self.size = data, len(next(iter(data.values())))
@@ -113,6 +117,8 @@ class PairWorld(PromptWorld):
     class Config(PromptWorld.Config):
         batch_size: int = knob(64, "pairs a batch; 0: all of them", low=0)
 
+    told: dict | None = None  # of the pairs that were handed out
+
     metrics = {
         "reward": Metric("max", "", "true reward of a sampled response to a held-out prompt"),
         "win_rate": Metric("max", "", "share of sampled responses that are truly better than the reference's; ties count half"),
@@ -131,13 +137,27 @@ class PairWorld(PromptWorld):
     def stream(self, method, kind, seed):
         self.method = method
         if kind == "pairs":
-            pairs = self.task.pairs()
-            if not pairs:
-                raise UserError("this env has no training pairs")
-            return Stored(encode_pairs(method, pairs), self._start(), self.config.batch_size, method.seed, method.processes)
+            return self.stored(method, self.task.pairs())
         if kind == "duels":
             return Duels(self, method, self.task.train(), self._start())
         return super().stream(method, kind, seed)
+
+    def stored(self, method, pairs: Sequence[Pair]) -> Stored:
+        """The stream of these pairs, without those whose sides are the same."""
+        if not pairs:
+            raise UserError("this env has no training pairs")
+        columns = encode_pairs(method, pairs)
+        differ = ((columns["chosen"] != columns["rejected"]) | (columns["chosen_mask"] != columns["rejected_mask"])).any(1)
+        number = int(differ.sum())
+        self.told = {"pairs": number, "identical": len(pairs) - number, "digest": digest(pairs)}
+        if not number:
+            raise UserError(f"none of the {len(pairs)} pairs has two different responses\n"
+                            "allow longer ones (env.response_length) if they are cut off before they differ")
+        columns = {k: v[differ] for k, v in columns.items()}
+        return Stored(columns, self._start(), self.config.batch_size, method.seed, method.processes)
+
+    def provenance(self):
+        return {} if self.told is None else self.told
 
     def preferred(self, problem, response: str, other: str) -> float:
         """The probability that `response` is preferred to `other`: here the one of greater true reward wins."""
@@ -153,15 +173,22 @@ class PairWorld(PromptWorld):
         start = {} if method.blueprint.own_weights else self._start()
         if start:
             return method.with_weights({k: v.to(method.device()) for k, v in start.items()})
-        held = getattr(method, "reference", None)
-        return method.with_weights(held.state_dict()) if held is not None else None
+        return method.with_weights()
 
     def evaluate(self, method, seed):
         with torch.no_grad():
             reference = self.reference(method)
-            problems = [p for p, _ in zip(self.task.held_out(), range(self.config.eval_prompts))]
+            problems = [p for p, _ in zip(self.judged_problems(method), range(self.config.eval_prompts))]
             out = self.sampled(method, reference, problems, seed) if problems else {}
             return {**out, **self.on_pairs(method, reference), **self.on_old(method, reference)}
+
+    def judged_problems(self, method):
+        """The held-out problems that responses are sampled to."""
+        return self.task.held_out()
+
+    def judged_pairs(self, method) -> Sequence[Pair]:
+        """The held-out pairs."""
+        return self.task.held_out_pairs()
 
     def true_reward(self, problem, response: str) -> float:
         verdict = self.judge(problem, response)
@@ -195,7 +222,7 @@ class PairWorld(PromptWorld):
         return out
 
     def on_pairs(self, method, reference) -> dict[str, float]:
-        pairs = self.task.held_out_pairs()
+        pairs = self.judged_pairs(method)
         if not pairs or reference is None:
             return {}
         columns, change = encode_pairs(method, pairs), {}

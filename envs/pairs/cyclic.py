@@ -3,7 +3,7 @@
     P(i > j) = .5 + cycle sin(2 pi (j - i) / K) + noise A_ij + transitive (q_i - q_j),   clipped to [.02, .98]
 
 A antisymmetric from N(0, 1), q equally spaced over arms in random order, from -1/2 to 1/2; pi_ref uniform but for logits
-base_scale N(0, 1). The run's seed chooses the game. Gold metric: the duality gap of the game with weight `tau` on the KL to pi_ref,
+base_scale N(0, 1). The run's seed chooses the game. Gold metric: the duality gap of the game with weight `tau` on the KL,
 
     gap(pi) = 2 [ max_pi' ( pi' P pi - tau KL(pi' || ref) ) - ( pi P pi - tau KL(pi || ref) ) ],
 

@@ -3,8 +3,8 @@
 One update is one round. With pi_t, the policy at the round's start:
 
     collect      Q = `prompts` prompts, G = `responses` each, drawn from pi_t; the oracle compares them two by two
-    pair         which two of a group are compared, and the label p = P(first beats second): the first two, or the best against the
-                 worst by mean win rate; the label is drawn from the oracle's probability, or that probability itself
+    pair         which two of a group are compared, and the label p = P(first beats second): the first two, or the best against
+                 the worst by mean win rate; the label is drawn from the oracle's probability, or that probability itself
     then `passes` times through the pairs, in `minibatches` optimiser steps each, with the parts of methods/preference/pairs.py;
     beside `reference` (log-probabilities under the policy at its very start) they see `current`, those under pi_t, both (2, b, T)
 

@@ -87,19 +87,31 @@ class PairPolicy(TokenMethod):
         super().prepare(data)
         if "chosen" not in data:
             return None
-        columns = {k: v for k, v in data.items() if not k.startswith("start/")}
+        columns = {k: v for k, v in data.items() if "/" not in k}
         kept = self.select(columns)
         if kept is not None:
             columns = {k: v[kept] for k, v in columns.items()}
         if not self.needs_reference():
             return None if kept is None else columns
+        asked = {k: columns[k] for k in ("prompt", "prompt_mask", *SIDES, *(f"{s}_mask" for s in SIDES))}
+        return {**columns, **self.remembered("reference", {**asked, **self.reference_weights()},
+                                             lambda: self.reference_columns(columns))}
+
+    def reference_columns(self, columns) -> dict[str, Tensor]:
+        """{side_reference: (N, T)}, the reference's log-probabilities of the stored pairs' tokens."""
+        out = {}
         for side in SIDES:
             rows = {"prompt": columns["prompt"], "prompt_mask": columns["prompt_mask"], "response": columns[side],
                     "mask": columns[f"{side}_mask"]}
             parts = torch.arange(len(columns[side])).split(AT_ONCE)
             told = [self.score_reference({k: v[i] for k, v in rows.items()})["log_prob"] for i in parts]
-            columns[f"{side}_reference"] = torch.cat(told)
-        return columns
+            out[f"{side}_reference"] = torch.cat(told)
+        return out
+
+    def reference_weights(self) -> dict[str, Tensor]:
+        """What the reference's log-probabilities depend on, beside the pairs. Adapters start as nothing."""
+        policy = self.reference if self.reference is not None else self.policy
+        return {f"weights/{k}": v for k, v in policy.state_dict().items() if "lora_" not in k}
 
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch: prompt, prompt_mask (b, Tp); chosen, rejected, their _mask and _reference (b, T); label (b,)."""
@@ -132,16 +144,15 @@ class PairPolicy(TokenMethod):
         return self._large
 
     def forks(self, rows: int) -> bool:
-        return self.large() and hasattr(self.policy, "model") and not 0 < self.config.micro_rows < rows and not self.compares()
+        return self.large() and hasattr(self.policy, "model") and not 0 < self.config.micro_rows < rows
 
     def score(self, rows, measure=scoring.log_prob_and_entropy, temperature=1.0, policy=None, trunk=None, beside=None):
+        texts = rows["prompt"], rows["prompt_mask"], rows["response"], rows["mask"].bool()
         if self.capturable and rows["prompt"].is_cuda:
-            return scoring.score(policy or self.policy, rows["prompt"], rows["prompt_mask"], rows["response"],
-                                 rows["mask"].bool(), measure, temperature, waits=False, beside=beside)
+            return scoring.score(policy or self.policy, *texts, measure, temperature, waits=False, beside=beside)
         if len(rows["prompt"]) == len(rows["response"]):
             return super().score(rows, measure, temperature, policy, trunk, beside)
-        return scoring.score_forked(policy or self.policy, rows["prompt"], rows["prompt_mask"], rows["response"],
-                                    rows["mask"].bool(), measure, temperature)
+        return scoring.score_forked(policy or self.policy, *texts, measure, temperature, beside)
 
     def pairs(self, batch) -> Pairs:
         mask = torch.stack([batch[f"{s}_mask"] for s in SIDES]).float()
@@ -178,6 +189,10 @@ class PairPolicy(TokenMethod):
         gap = chosen - rejected
         return {"chosen": chosen.mean(), "rejected": rejected.mean(), "margin": gap.mean(), "fallen": (chosen < 0).float().mean(),
                 "accuracy": (torch.sign(gap) / 2 + 0.5).mean()}
+
+    def implicit_reward(self, rho: Tensor) -> Tensor:
+        """What the policy's log-ratios say of rewards, up to a constant of the prompt; for worlds that know the true ones."""
+        return self.config.beta * rho
 
     def difference(self, pairs: Pairs) -> Tensor:
         """z (b,) = beta (s_w - s_l) - g, as the parts worth and margin say."""
@@ -230,6 +245,11 @@ class PairPolicy(TokenMethod):
 def logistic(z: Tensor, p: Tensor) -> Tensor:
     """-p log sigma(z) - (1 - p) log sigma(-z), elementwise."""
     return -(p * F.logsigmoid(z) + (1 - p) * F.logsigmoid(-z))
+
+
+def preferred(x: Tensor, p: Tensor) -> Tensor:
+    """Of numbers x (2, b) of both sides that of the preferred one, (b,): x_w, and in between where p is."""
+    return p * x[0] + (1 - p) * x[1]
 
 
 def plus(penalty: Tensor | None, more: Tensor) -> Tensor:

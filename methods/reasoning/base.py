@@ -1,8 +1,8 @@
 """Reinforcement of a token policy by verified rewards: the algorithm that this family's methods change. As it stands it is GRPO.
 
-One update is one batch of rollouts, gone through once in `minibatches` steps of the optimiser. For response i of a group g (the
-`samples` responses to one prompt) and its token t, with log-probabilities lp under the policy, lp_old under the one that
-sampled (the same weights at the start of the update, by the training forward and at the sampling temperature):
+One update is one batch of rollouts, gone through once (`passes`) in `minibatches` steps of the optimiser. For response i of a
+group g (the `samples` responses to one prompt) and its token t, with log-probability lp under the policy, lp_old under the one
+that sampled (the same weights at the start of the update, by the training forward and at the sampling temperature):
 
      1. collect      what is sampled: Q = `prompts` problems, G = `samples` responses each
      2. reward       r_i (B,); as the verifier says                                              (additive)
@@ -82,7 +82,8 @@ class GroupPolicy(TokenMethod):
         batch = {**batch, "mask": batch["mask"].float()}
         self.told: dict[str, Tensor] = {}
         batch["reward"] = self.reward(batch)
-        first = c.minibatches > 1 or self.looks_first
+        steps = c.minibatches * self.passes()
+        first = steps > 1 or self.looks_first
         old = self.measured(batch) if first else {}  # else the step's own forward pass tells
         if self.needs_reference():
             old["reference_log_prob"] = self.score_reference(batch, c.temperature)["log_prob"]
@@ -91,9 +92,9 @@ class GroupPolicy(TokenMethod):
         if first:
             self.observe(batch, old)
         lines = []
-        for i, index in enumerate(self.split(batch)):
+        for i, index in enumerate(rows for number in range(self.passes()) for rows in self.split(batch, number)):
             rows = Rows(**{k: v[index] for k, v in batch.items()}, old={k: v[index] for k, v in old.items()}, told={}, number=i)
-            self.schedule(self.updates * c.minibatches + i, self.planned * c.minibatches)
+            self.schedule(self.updates * steps + i, self.planned * steps)
             self.step(rows, batch)
             lines.append(rows.told)
         old = old if first else rows.old
@@ -119,13 +120,17 @@ class GroupPolicy(TokenMethod):
         otherwise asks super(), since it may be combined with another."""
         return any("measure" in vars(c) and "measures_more" not in vars(c) for c in type(self).__mro__)
 
-    def split(self, batch) -> list[Tensor]:
-        """Rows of every minibatch; groups stay whole."""
+    def passes(self) -> int:
+        """How often an update goes through its batch, in `minibatches` steps of the optimiser each time."""
+        return 1
+
+    def split(self, batch, number: int = 0) -> list[Tensor]:
+        """Rows of every minibatch of pass `number`; groups stay whole."""
         group, parts = batch["group"], self.config.minibatches
         if parts == 1:
             return [torch.arange(len(group), device=group.device)]
         groups = int(group.max()) + 1
-        order = torch.argsort(self.noise("minibatches", (groups,), "uniform"))
+        order = torch.argsort(self.noise(f"minibatches{number or ''}", (groups,), "uniform"))
         place = torch.empty_like(order).scatter_(0, order, torch.arange(groups, device=order.device))
         part = (place.to(group.device) * parts) // groups
         return [rows for i in range(parts) if len(rows := torch.nonzero(part[group] == i).squeeze(1))]

@@ -29,12 +29,12 @@ from runner.interface import knob
 
 def group_sums(values: Tensor, group: Tensor) -> Tensor:
     """values (b,) summed over each row's group, (b,)."""
-    return torch.zeros(int(group.max()) + 1, device=values.device).index_add_(0, group, values)[group]
+    return values.new_zeros(int(group.max()) + 1).index_add_(0, group, values)[group]
 
 
 def group_most(values: Tensor, group: Tensor) -> Tensor:
     """The greatest of each row's group, (b,)."""
-    lowest = torch.full((int(group.max()) + 1,), -torch.inf, device=values.device)
+    lowest = values.new_full((int(group.max()) + 1,), -torch.inf)
     return lowest.scatter_reduce_(0, group, values, "amax")[group]
 
 

@@ -77,7 +77,7 @@ def score(policy, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: T
 
 
 def score_forked(policy, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: Tensor,
-                 measure: Measure = log_prob_and_entropy, temperature: float = 1.0) -> dict[str, Tensor]:
+                 measure: Measure = log_prob_and_entropy, temperature: float = 1.0, beside=None) -> dict[str, Tensor]:
     """`score` of several responses to each prompt, which goes through the trunk once: b prompts (b, Tp), responses (s * b, T),
     the first of every prompt, then the second of every prompt, …; what is told is (s * b, T).
 
@@ -100,14 +100,18 @@ def score_forked(policy, prompt: Tensor, prompt_mask: Tensor, response: Tensor, 
     positions = torch.where(part == 0, place, place - begins.gather(1, known) + lengths)
     earlier = place[:, None] >= place
     seen = earlier & ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None]))
-    hidden = policy.model(ids, positions, seen)
+    hidden, other = policy.model(ids, positions, seen), None
     # The token before the first of a response is the prompt's last.
     inside = mask.long().cumsum(-1).view(sides, b, -1) - 1
     before = torch.where(inside == 0, lengths - 1, begins.T[1:, :, None] + inside - 1)
     row = torch.arange(b, device=ids.device)[:, None] * longest
     picked = mask.flatten().nonzero().squeeze(-1)
-    hidden = hidden.flatten(0, 1).index_select(0, (before + row).flatten()[picked])
-    values = measured(hidden, policy.head, response.flatten()[picked], measure, temperature)
+    place = (before + row).flatten()[picked]
+    hidden = hidden.flatten(0, 1).index_select(0, place)
+    if beside is not None:
+        with torch.no_grad():
+            other = beside.model(ids, positions, seen).flatten(0, 1).index_select(0, place), beside.head
+    values = measured(hidden, policy.head, response.flatten()[picked], measure, temperature, None, other)
     zeros = torch.zeros(mask.numel(), device=mask.device)
     return {name: zeros.index_copy(0, picked, value.float()).view(mask.shape) for name, value in values.items()}
 

@@ -1,6 +1,7 @@
 """DPO steps beside TRL's DPOTrainer: the same transformer shape, batch and lengths, both in one run.
 
-    python scripts/bench/dpo_step.py [--shape tiny half-billion] [--steps 30] [--without-trl] [--device cuda] [--profile]
+    python scripts/bench/dpo_step.py [--shape tiny half-billion] [--steps 30] [--compile] [--without-trl] [--device cuda]
+                                     [--profile]
 
     tiny          4 layers x 256, vocabulary 256, 64 pairs, prompt 32, responses 32
     half-billion  Qwen2-0.5B's shape: 24 x 896, 14 heads, 2 of keys, MLP 4864, vocabulary 151,936, 16 pairs, prompt 256,
@@ -61,12 +62,14 @@ def defaults(cls) -> dict:
     return {k.name: k.default for k in knobs_of(cls)}
 
 
-def ours(shape: dict, steps: int, device: str, profile: bool) -> dict:
+def ours(shape: dict, steps: int, device: str, profile: bool, compiled: bool) -> dict:
     torch.manual_seed(0)
     method = DPO(make_config([DPO.Config], defaults(DPO.Config)))
     method.blueprint = Small(make_config([Small.Config], {**defaults(Small.Config), **shape["policy"]}))
     method.setup(Spec(alphabet=LETTERS, end=".", prompt_length=shape["prompt"], response_length=shape["response"]))
     method.to(device)
+    if compiled:
+        method.compile_networks()
     method.make_optimizers()
     method.draws = Draws(0, device)
     stream = Stored(encode_pairs(method, texts(shape, 4 * shape["pairs"])), {}, shape["pairs"], 0)
@@ -87,7 +90,7 @@ def ours(shape: dict, steps: int, device: str, profile: bool) -> dict:
 
     times, step = [], 0
     while len(times) < steps:
-        if step == 40 and device == "cuda":
+        if not times and device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         begin = now(device)
         made = advance(step)
@@ -171,12 +174,13 @@ def main():
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--without-trl", action="store_true")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="as hardware.compile=true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     for name in a.shape:
         shape = SHAPES[name]
-        mine = ours(shape, a.steps, a.device, a.profile)
+        mine = ours(shape, a.steps, a.device, a.profile, a.compile)
         print(f"{name}: {mine['parameters']:,} parameters; ours {mine['seconds']:.5f} s/step, "
               f"{shape['pairs'] / mine['seconds']:,.0f} pairs/s, peak {mine['memory'] / 2**30:.1f} GiB; floor of arithmetic on "
               f"an H100 {floor(shape, mine['parameters']):.5f} s", flush=True)

@@ -97,21 +97,22 @@ def ours(shape: dict, steps: int, device: str, minibatches: int, fabric=None) ->
     method.draws = Draws(0, device)
     stream = world.stream(method, "prompts", 0)
     times, sampling, tokens = [], [], 0
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        for step in range(steps + 3):
-            if fabric is not None:
-                fabric.barrier()
-            begin = now(device)
-            batch = stream.next()
-            middle = now(device)
+    method.autocast = lambda: torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+    for step in range(steps + 3):
+        if fabric is not None:
+            fabric.barrier()
+        begin = now(device)
+        batch = stream.next()
+        middle = now(device)
+        with method.autocast():  # anew for every update, as the loop does: while it is open it keeps casts of the weights
             method.update(batch)
-            method.updates += 1
-            if step >= 3:
-                times.append(now(device) - begin)
-                sampling.append(middle - begin)
-                tokens += int(batch["mask"].sum())
-            elif step == 0 and device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
+        method.updates += 1
+        if step >= 3:
+            times.append(now(device) - begin)
+            sampling.append(middle - begin)
+            tokens += int(batch["mask"].sum())
+        elif step == 0 and device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
     return {"seconds": statistics.median(times), "sampling": statistics.median(sampling),
             "tokens": processes * tokens / len(times),
             "memory": torch.cuda.max_memory_allocated() if device == "cuda" else 0,

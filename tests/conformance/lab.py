@@ -23,6 +23,8 @@ def smallest(name: str) -> str:
     if name in WHERE:
         return WHERE[name]
     fits = BOOK.fitting(BOOK.methods(name))
+    if BOOK.methods(name)[0].card.get("tokens") == "several":
+        fits = [e for e in fits if BOOK.get("env", e).card.get("policy") != "arms"]
     return next((e for e in ("pointmass", "pointmass_medium", "pendulum", "countdown", "bandit") if e in fits), fits[0])
 
 

@@ -345,7 +345,7 @@ def test_search_and_sort_work_in_a_browser(page, tmp_path, capsys):
     natural = sorted(names, key=lambda n: n.replace("_", " "))  # a browser puts _ before digits
     assert told["title"] == "Ballast: methods, claims, runs" and told["scripts"] == 2 and told["images"] == 0
     assert told["form"] and told["all"] == names and told["cleared"] == len(names)
-    assert told["found"] == ["adpo"] and told["count"] == f"1 of {len(names)}" and told["none"] == []
+    assert told["found"] == ["adpo", "adpo_online"] and told["count"] == f"2 of {len(names)}" and told["none"] == []
     assert told["up"] == natural and told["down"] == natural[::-1]
     assert (told["aria"], told["aria2"], told["aria3"]) == ("ascending", "descending", [None] * 4 + ["ascending"])
     assert told["focused"] and told["verdicts"][:4] in (["adpo", "ddpg", "td3", "kd"], ["adpo", "td3", "ddpg", "kd"])

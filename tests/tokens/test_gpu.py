@@ -122,8 +122,8 @@ def test_captured_passes_give_the_usual_gradients(half):
 
     model = policy()
     graphed = Graphed(model)
-    with torch.autocast(**BF16, enabled=half):
-        for turn in range(OFTEN + 2):
+    for turn in range(OFTEN + 2):
+        with torch.autocast(**BF16, enabled=half):  # anew, as the loop does: while it is open it keeps casts of the weights alive
             torch.manual_seed(turn)
             with torch.no_grad():
                 for p in model.parameters():
