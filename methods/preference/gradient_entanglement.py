@@ -20,7 +20,7 @@ Measured every `every` updates at the weights before them, on the first `probes`
     none          DPO
 
 d is what the loss asks of each log-probability, by automatic differentiation (`pull` in single.py): also of another method's loss
-(`gradient_entanglement+ipo`), its penalties left out of what is measured.
+(`gradient_entanglement+cdpo`), its penalties left out of what is measured.
 
 The first order holds for plain SGD (optimizer=sgd), not for Adam's preconditioned step, and for the pair alone: other pairs of a
 batch move it, too. Both mitigations are reconstructions from the paper's summary; learned sparse masks with an L1 penalty are not
