@@ -13,7 +13,8 @@
 `soft` gives every pair of seen arms once, with its exact probability as the label: the population, not a sample.
 `once` adds that many arms with reward -1, each in exactly one pair, as the winner: the spurious arms of testbed [33].
 `scored` batches are logged arms with rewards: a share `poor` of them from a softmax of -2 r, the others from one of r; rewards
-are squashed by a sigmoid, those of a share `noisy` get noise of 0.3 and are cut to [0, 1].
+are squashed by a sigmoid, those of a share `noisy` get noise of 0.3 and are cut to [0, 1]. The policy that such training begins
+from, pi_ref, is the maximum-likelihood fit of the log: an arm's share of its context's rows, `smoothing` added to every count.
 
 One seed is one bandit; the run's seed chooses it. Gold metrics are exact sums over arms.
 """
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from envs.pairs.base import PairWorld, Stored, encode_pairs
+from envs.pairs.scored import Scored
 from envs.pairs.task import Pair, PairTask
 from envs.prompts.task import Problem, Verdict
 from runner.errors import UserError
@@ -142,6 +144,13 @@ class Bandit(PairTask):
         value = (value + noise).clamp(0, 1)
         return [(context(a), arm(b), float(r)) for a, b, r in zip(x.tolist(), y.tolist(), value)]
 
+    def fitted(self, rows: list[tuple[str, str, float]]) -> Tensor:
+        """log of the arms' smoothed shares of each context's rows, (X, K)."""
+        count = torch.full_like(self.base, self.config.smoothing)
+        for prompt, response, _ in rows:
+            count[ord(prompt) - CONTEXT, ord(response) - ARM] += 1
+        return (count / count.sum(-1, keepdim=True)).log()
+
 
 class BanditWorld(PairWorld):
     @dataclasses.dataclass(frozen=True)
@@ -164,9 +173,16 @@ class BanditWorld(PairWorld):
         logged: int = knob(3000, "rows of a scored data set", low=1)
         poor: float = knob(0.6, "share of them from a policy that prefers low rewards", low=0.0, high=1.0)
         noisy: float = knob(0.0, "share of them with noise in the reward", low=0.0, high=1.0)
+        smoothing: float = knob(0.5, "rows of every arm that the fit of the log counts beside those it has", low=1e-6,
+                                source="project's choice")
+        values: str = knob("sampled", "what a prompt of the log is worth: the mean reward of sampled responses, or the exact one",
+                           choices=["sampled", "exact"])
+        samples_per_prompt: int = knob(5, "responses sampled for that", low=1, source="project's choice",
+                                       when={"values": "sampled"})
 
     metrics = {
         "reward": Metric("max", "", "true expected reward, exact, mean over contexts"),
+        "value": Metric("max", "", "the same of rewards on the scale of the log, squashed to [0, 1]"),
         "win_rate": Metric("max", "", "probability that an arm of the policy is truly better than one of the reference"),
         "kl": Metric("none", "nats", "KL(policy || reference), exact"),
         "kl_from_reference": Metric("none", "nats", "KL(reference || policy), exact"),
@@ -198,7 +214,18 @@ class BanditWorld(PairWorld):
         if kind == "pairs":
             return Stored(encode_pairs(method, self.task.pairs()), self._start(), self.config.batch_size, method.seed,
                           method.processes)
+        if kind == "scored":
+            return self.scored(method)
         return super().stream(method, kind, seed)
+
+    def scored(self, method) -> Scored:
+        """Logged rows, and the policy that has been fitted to them."""
+        t, rows = self.task, self.task.logged()
+        t.base, worth = t.fitted(rows), torch.sigmoid(t.reward)
+        exact = (t.base.exp() * worth).sum(-1).tolist()
+        values = {context(x): v for x, v in enumerate(exact)} if self.config.values == "exact" else None
+        return Scored(method, rows, self.config.batch_size or len(rows), lambda prompt, response: float(
+            worth[ord(prompt) - CONTEXT, ord(response) - ARM]), self.config.samples_per_prompt, self._start(), values)
 
     def make(self, seed: int) -> PairTask:
         return Bandit(self.config, seed)
@@ -236,7 +263,8 @@ class BanditWorld(PairWorld):
         worse = r.argsort(-1).argsort(-1) < t.arms // 2
         expected = lambda table: (p * table).sum(-1).mean().item()  # noqa: E731
         kl = expected(rho)
-        out = {"reward": expected(r), "kl": kl, "kl_from_reference": (ref.exp() * -rho).sum(-1).mean().item(),
+        out = {"reward": expected(r), "value": expected(torch.sigmoid(r)), "kl": kl,
+               "kl_from_reference": (ref.exp() * -rho).sum(-1).mean().item(),
                "win_rate": torch.einsum("xi,xij,xj->x", p, better, ref.exp()).mean().item(),
                "entropy": -expected(log_p), "tail_mass": expected(worse.float()),
                "unseen_mass": p[:, t.seen:].sum(-1).mean().item(),
