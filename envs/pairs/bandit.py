@@ -16,6 +16,9 @@
 are squashed by a sigmoid, those of a share `noisy` get noise of 0.3 and are cut to [0, 1]. The policy that such training begins
 from, pi_ref, is the maximum-likelihood fit of the log: an arm's share of its context's rows, `smoothing` added to every count.
 
+Batches of kind `arms` hold everything: prompt, prompt_mask (X, Tp), arms (X, K): their tokens, reward (X, K); `batch_size`
+contexts, 0: all.
+
 One seed is one bandit; the run's seed chooses it. Gold metrics are exact sums over arms.
 """
 
@@ -27,6 +30,7 @@ import random
 import torch
 from torch import Tensor
 
+from envs.pairs import decoding
 from envs.pairs.base import PairWorld, Stored, encode_pairs
 from envs.pairs.scored import Scored
 from envs.pairs.task import Pair, PairTask
@@ -63,6 +67,9 @@ class Bandit(PairTask):
             reward = torch.linspace(0, 1, c.arms + c.once).repeat(c.contexts, 1) * (c.arms + c.once - 1) / max(c.arms - 1, 1)
         else:
             reward = c.reward_scale * torch.randn(c.contexts, arms, generator=g)
+        if c.scales > 1:
+            apart = torch.Generator().manual_seed(256 * seed + 14)
+            reward = reward * c.scales ** (2 * torch.rand(c.contexts, 1, generator=apart) - 1)
         self.base = c.base_scale * torch.randn(c.contexts, arms, generator=g)
         self.seen = c.arms - c.unseen
         if c.unseen:
@@ -159,6 +166,8 @@ class BanditWorld(PairWorld):
         arms: int = knob(12, "K", low=2, high=4000, source="project's choice")
         features: int = knob(0, "D: numbers that describe an arm in a context; 0: none", low=0)
         reward_scale: float = knob(1.0, "deviation of the true reward", low=0.0, source="project's choice")
+        scales: float = knob(1.0, "rewards of a context are multiplied by a number of its own, log-uniform in [1/scales, scales]",
+                             low=1.0)
         ladder: bool = knob(False, "rewards of arms rise in equal steps from 0 to 1 instead")
         base_scale: float = knob(0.5, "deviation of the reference's logits", low=0.0, source="project's choice")
         sharpness: float = knob(1.0, "s: labels are drawn with sigma(s (r_i - r_j))", low=0.0)
@@ -179,11 +188,14 @@ class BanditWorld(PairWorld):
                            choices=["sampled", "exact"])
         samples_per_prompt: int = knob(5, "responses sampled for that", low=1, source="project's choice",
                                        when={"values": "sampled"})
+        best_of: int = knob(4, "N of the decoding that win rates are told of", low=1)
 
     metrics = {
         "reward": Metric("max", "", "true expected reward, exact, mean over contexts"),
         "value": Metric("max", "", "the same of rewards on the scale of the log, squashed to [0, 1]"),
         "win_rate": Metric("max", "", "probability that an arm of the policy is truly better than one of the reference"),
+        "best_win_rate": Metric("max", "", "the same of the best of N (`best_of`) draws of each"),
+        "worst_win_rate": Metric("max", "", "the same of the worst of N draws of each"),
         "kl": Metric("none", "nats", "KL(policy || reference), exact"),
         "kl_from_reference": Metric("none", "nats", "KL(reference || policy), exact"),
         "regularised": Metric("max", "", "true expected reward - beta_eval KL(policy || reference)"),
@@ -216,6 +228,12 @@ class BanditWorld(PairWorld):
                           method.processes)
         if kind == "scored":
             return self.scored(method)
+        if kind == "arms":
+            prompt, mask = method.encode([context(x) for x in range(self.size())])
+            tokens = method.encode_responses([arm(y) for y in range(self.task.arms)])[0][:, 0]
+            columns = {"prompt": prompt, "prompt_mask": mask, "arms": tokens.expand(len(prompt), -1),
+                       "reward": self.task.reward.to(prompt.device)}
+            return Stored(columns, self._start(), self.config.batch_size, method.seed, method.processes)
         return super().stream(method, kind, seed)
 
     def scored(self, method) -> Scored:
@@ -259,13 +277,15 @@ class BanditWorld(PairWorld):
         t = self.task
         ref, r, p = t.base.log_softmax(-1), t.reward, log_p.exp()
         rho = log_p - ref
-        better = (torch.sign(r[:, :, None] - r[:, None, :]) / 2 + 0.5)
+        n = self.config.best_of
+        decoded = {name: decoding.wins(how(p.double(), r, n), how(ref.exp().double(), r, n), r).mean().item()
+                   for name, how in (("best_win_rate", decoding.best_of), ("worst_win_rate", decoding.worst_of))}
         worse = r.argsort(-1).argsort(-1) < t.arms // 2
         expected = lambda table: (p * table).sum(-1).mean().item()  # noqa: E731
         kl = expected(rho)
         out = {"reward": expected(r), "value": expected(torch.sigmoid(r)), "kl": kl,
                "kl_from_reference": (ref.exp() * -rho).sum(-1).mean().item(),
-               "win_rate": torch.einsum("xi,xij,xj->x", p, better, ref.exp()).mean().item(),
+               "win_rate": decoding.wins(p, ref.exp(), r).mean().item(), **decoded,
                "entropy": -expected(log_p), "tail_mass": expected(worse.float()),
                "unseen_mass": p[:, t.seen:].sum(-1).mean().item(),
                "best_mass": p.gather(1, r.argmax(-1, keepdim=True)).mean().item()}
