@@ -262,11 +262,15 @@ class BanditWorld(PairWorld):
         return self.config.contexts
 
     def table(self, method) -> Tensor:
-        """log pi (X, K), exact."""
+        """log pi (X, K), exact: of a method that chooses one of n draws of the reference (`draws_of_one`), of what it chooses."""
         prompts = torch.arange(self.size(), device=method.device()) + self.task.arms + 1
         ids = prompts.unsqueeze(1)
         hidden = method.policy.hidden(ids, torch.ones_like(ids, dtype=torch.bool))[:, 0]
-        return (hidden @ method.policy.head.T).float()[:, 1:].log_softmax(-1)
+        scores = (hidden @ method.policy.head.T).float()[:, 1:]
+        if n := getattr(method, "draws_of_one", 0):
+            base = self.task.base.to(scores.device)
+            return decoding.best_of(base.double().softmax(-1), (scores - base).double(), n).clamp(min=1e-30).log().float()
+        return scores.log_softmax(-1)
 
     def evaluate(self, method, seed):
         with torch.no_grad():
@@ -294,7 +298,7 @@ class BanditWorld(PairWorld):
         gap = rho[x, i] - rho[x, j]
         out |= {"accuracy": (torch.sign(gap) / 2 + 0.5).mean().item(), "chosen": rho[x, i].mean().item(),
                 "rejected": rho[x, j].mean().item()}
-        beta = getattr(getattr(method, "config", None), "beta", None)
+        beta = method.scale() if getattr(method, "judges", False) else getattr(getattr(method, "config", None), "beta", None)
         if beta:
             out |= self._scale(beta, rho, r)
             out["regularised"] = out["reward"] - beta * kl
@@ -314,7 +318,10 @@ class BanditWorld(PairWorld):
     def references(self, seed: int):
         t = self.task
         best = torch.full_like(t.reward, -1e4).scatter(1, t.reward.argmax(-1, keepdim=True), 0.0)
-        return {"reference": self.exact(t.base.log_softmax(-1)), "best arm": self.exact(best.log_softmax(-1))}
+        n = self.config.best_of
+        chosen = decoding.best_of(t.base.double().softmax(-1), t.reward, n).clamp(min=1e-30).log().float()
+        return {"reference": self.exact(t.base.log_softmax(-1)), f"best of {n}": self.exact(chosen),
+                "best arm": self.exact(best.log_softmax(-1))}
 
 
 def optimum(base: Tensor, reward: Tensor, beta: float) -> Tensor:
