@@ -137,6 +137,11 @@ class Method(nn.Module):
         """One step. Returns metrics as device tensors (scalars); never synchronises with the host."""
         raise NotImplementedError(f"{type(self).__name__}.update")
 
+    def remembered(self, name: str, of: dict[str, Tensor], compute) -> dict[str, Tensor]:
+        """compute() -> {name: tensor}, or what it gave in an earlier run of the same `of`. The loop may put in a store
+        (runner/memory.py) for what is costly; `of` has to hold everything that the result depends on, but the run's precision."""
+        return compute()
+
     def compile_networks(self):
         """hardware.compile: put torch.compile where it pays. By default nothing is compiled."""
 

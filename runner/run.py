@@ -112,6 +112,7 @@ def _assemble(job: Job, fabric=None):
 
     from runner.draws import Draws
     from runner.loop import seed_everything
+    from runner.memory import Memory
 
     rank = fabric.global_rank if fabric else 0
     device = fabric.device if fabric else torch.device("cpu")
@@ -131,6 +132,7 @@ def _assemble(job: Job, fabric=None):
         method.setup(world.spec())
     method.planned, method.seed = job.config["loop"]["steps"], seed
     method.processes = (rank, fabric.world_size if fabric else 1)
+    method.remembered = Memory(job.config["hardware"]["precision"], rank == 0)
     method.to(device)
     if job.config["hardware"]["compile"]:
         method.compile_networks()

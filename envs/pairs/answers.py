@@ -34,7 +34,7 @@ import random
 
 import torch
 
-from envs.pairs.base import PairWorld, Rows
+from envs.pairs.base import PairWorld, Rows, encode_pairs
 from envs.pairs.task import Pair, PairTask, flip, words
 from envs.prompts.task import WRONG, Problem, Verdict, split
 from runner.errors import UserError, unknown
@@ -250,6 +250,7 @@ class AnswersWorld(PairWorld):
         tails: float = knob(0.0, "share of answers in demonstrations that have a tail of random letters", low=0.0, high=1.0)
         whole: bool = knob(False, "demonstrations are whole sentences, prompt and all, behind ^: to make a start by")
         words: int = knob(0, "seed of words, tails and pairs; the shipped start knows those of 0", low=0)
+        alone: int = knob(0, "random training pairs, for methods that train pairs each alone to test a score of theirs", low=0)
 
     def make_task(self):
         c = self.config
@@ -263,11 +264,44 @@ class AnswersWorld(PairWorld):
         "right_mass": Metric("max", "", "probability of a first character of a right class, exact, held-out prompts"),
         "refusal": Metric("none", "", "probability of a refusal's first character where the attribute is minus"),
         "compliance": Metric("none", "", "probability of a compliance's first character where the attribute is minus"),
+        "entanglement": Metric("none", "", "<g, h> / min(|g|^2, |h|^2), g and h the gradients of log-probabilities of the two "
+                               "sides of a held-out pair: median"),
+        "rank_correlation": Metric("min", "", "of a method's score of pairs and the change of the chosen response's "
+                                   "log-probability when each is trained alone"),
+        "displaced": Metric("none", "", "share of these pairs whose chosen response becomes less probable"),
     }
 
     def evaluate(self, method, seed):
         with torch.no_grad():
-            return {**super().evaluate(method, seed), **self.masses(method)}
+            return {**super().evaluate(method, seed), **self.masses(method), **self.entangled(method), **self.each_alone(method)}
+
+    def entangled(self, method) -> dict[str, float]:
+        """How much a step for one side of a pair is one for the other, too; of the first sixteen held-out pairs."""
+        pairs = [] if self.task.whole else self.task.held_out_pairs()[:16]
+        if not pairs or self.reference(method) is None:
+            return {}
+        columns, ratios = encode_pairs(method, pairs), []
+        parameters = [p for p in method.policy.parameters() if p.requires_grad]
+        for i in range(len(pairs)):
+            gradients = []
+            for side in ("chosen", "rejected"):
+                rows = {"prompt": columns["prompt"], "prompt_mask": columns["prompt_mask"], "response": columns[side],
+                        "mask": columns[f"{side}_mask"]}
+                with torch.enable_grad():
+                    value = method.score({k: v[i:i + 1] for k, v in rows.items()})["log_prob"].sum()
+                    told = torch.autograd.grad(value, parameters, allow_unused=True)
+                gradients.append(torch.cat([g.flatten() for g in told if g is not None]))
+            g, h = gradients
+            ratios.append((g @ h) / torch.minimum(g @ g, h @ h).clamp(min=1e-12))
+        return {"entanglement": torch.stack(ratios).median().item()}
+
+    def each_alone(self, method) -> dict[str, float]:
+        """What the method tells of random training pairs, drawn anew for every seed."""
+        if not self.config.alone:
+            return {}
+        pairs = self.task.pairs()
+        drawn = random.Random(f"{method.seed}/alone").sample(pairs, min(self.config.alone, len(pairs)))
+        return {k: v.item() for k, v in method.inspect(encode_pairs(method, drawn)).items() if k in self.metrics}
 
     def masses(self, method) -> dict[str, float]:
         """Probabilities of classes at an answer's first character."""

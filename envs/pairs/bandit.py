@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from envs.pairs import decoding
-from envs.pairs.base import PairWorld, Stored, encode_pairs
+from envs.pairs.base import PairWorld, Stored
 from envs.pairs.scored import Scored
 from envs.pairs.task import Pair, PairTask
 from envs.prompts.task import Problem, Verdict
@@ -206,8 +206,8 @@ class BanditWorld(PairWorld):
         "unseen_mass": Metric("min", "", "probability given to arms that the data never, or only once, showed"),
         "tail_mass": Metric("none", "", "probability given to the worse half of the arms"),
         "best_mass": Metric("max", "", "probability given to the truly best arm"),
-        "calibration": Metric("min", "", "expected calibration error of sigma(sharpness z) for true win probabilities, ten bins"),
-        "slope": Metric("none", "", "of beta (rho_i - rho_j) over the true r_i - r_j, least squares over all seen pairs"),
+        "calibration": Metric("min", "", "expected calibration error of sigma(z), z a difference of implicit rewards, ten bins"),
+        "slope": Metric("none", "", "of the implicit reward's r_i - r_j over the true one, least squares over all seen pairs"),
     }
 
     def make_task(self):
@@ -224,8 +224,7 @@ class BanditWorld(PairWorld):
     def stream(self, method, kind, seed):
         self.task, self.method = self.make(method.seed), method
         if kind == "pairs":
-            return Stored(encode_pairs(method, self.task.pairs()), self._start(), self.config.batch_size, method.seed,
-                          method.processes)
+            return self.stored(method, self.task.pairs())
         if kind == "scored":
             return self.scored(method)
         if kind == "arms":
@@ -298,16 +297,16 @@ class BanditWorld(PairWorld):
         gap = rho[x, i] - rho[x, j]
         out |= {"accuracy": (torch.sign(gap) / 2 + 0.5).mean().item(), "chosen": rho[x, i].mean().item(),
                 "rejected": rho[x, j].mean().item()}
-        beta = method.scale() if getattr(method, "judges", False) else getattr(getattr(method, "config", None), "beta", None)
+        beta = getattr(getattr(method, "config", None), "beta", None)
         if beta:
-            out |= self._scale(beta, rho, r)
+            out |= self._scale(method.implicit_reward(rho) if hasattr(method, "implicit_reward") else beta * rho, r)
             out["regularised"] = out["reward"] - beta * kl
         return out
 
-    def _scale(self, beta, rho, r) -> dict[str, float]:
-        """How the implicit reward beta rho compares to the true one."""
+    def _scale(self, implied, r) -> dict[str, float]:
+        """How the implicit reward (X, K), beta rho or what a method takes for it, compares to the true one."""
         i, j = torch.triu_indices(self.task.seen, self.task.seen, 1)
-        mine, true = (beta * rho[:, i] - beta * rho[:, j]).flatten().double(), (r[:, i] - r[:, j]).flatten().double()
+        mine, true = (implied[:, i] - implied[:, j]).flatten().double(), (r[:, i] - r[:, j]).flatten().double()
         z, p = torch.sigmoid(mine), torch.sigmoid(self.config.sharpness * true)
         bins = (z * 10).long().clamp(max=9)
         error = sum((z[bins == b].mean() - p[bins == b].mean()).abs() * (bins == b).double().mean()

@@ -8,6 +8,8 @@ Kinds of batches beside those of envs/prompts/base.py and envs/pairs/duels.py, d
               sides share; chosen_score, rejected_score (b,): further rewards that the data has of both
 
 Stored rows are handed out in shuffled epochs, a function of (seed, epoch); `batch_size` 0 hands out all of them at once.
+Pairs whose two sides are the same tokens (written so, or cut to the same response_length) say nothing of a preference: they are
+dropped, and the record of a run tells how many (`provenance`).
 Gold metrics look at responses that the policy samples to held-out prompts, beside those that it sampled at its start (the
 reference), and at held-out pairs.
 """
@@ -41,12 +43,8 @@ class Stored(Stream):
         """`more`: what a method may look at before training besides, under names with a slash."""
         self.columns, self.start, self.seed, self.taken, self.more = columns, start, seed, 0, more or {}
         self.rank, self.ranks = processes
-        self.size = len(next(iter(columns.values())))
         self.rows = rows
-        if rows * self.ranks > self.size:
-            raise UserError(f"env.batch_size={rows} on {self.ranks} process(es), but there are {self.size} rows\n"
-                            f"take at most {self.size // self.ranks}, or 0 for all of them at once")
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        self.replace(columns)
         self.device = next(iter(columns.values())).device
         self.places = torch.zeros(self.lookahead, max(rows, 1), dtype=torch.int64, device=self.device)
 
@@ -54,7 +52,11 @@ class Stored(Stream):
         return {**{f"start/{k}": v for k, v in self.start.items()}, **self.more, **self.columns}
 
     def replace(self, data):
-        self.columns = data
+        self.columns, self.size = data, len(next(iter(data.values())))
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        if self.rows * self.ranks > self.size:
+            raise UserError(f"env.batch_size={self.rows} on {self.ranks} process(es), but there are {self.size} rows to train "
+                            f"on\ntake at most {self.size // self.ranks}, or 0 for all of them at once")
 
     def ready(self, number):
         if self.rows:
@@ -126,6 +128,8 @@ class PairWorld(PromptWorld):
         judge_run: str = knob("", "folder of a finished run of method=reward_model on this env, whose ratings of sampled "
                               "responses are rewarded in the place of the true judge's")
 
+    told: dict | None = None  # of the pairs that were handed out
+
     metrics = {
         "reward": Metric("max", "", "true reward of a sampled response to a held-out prompt"),
         "win_rate": Metric("max", "", "share of sampled responses that are truly better than the reference's; ties count half"),
@@ -145,10 +149,7 @@ class PairWorld(PromptWorld):
     def stream(self, method, kind, seed):
         self.method = method
         if kind == "pairs":
-            pairs = self.task.pairs()
-            if not pairs:
-                raise UserError("this env has no training pairs")
-            return Stored(encode_pairs(method, pairs), self._start(), self.config.batch_size, method.seed, method.processes)
+            return self.stored(method, self.task.pairs())
         if kind == "duels":
             return Duels(self, method, self.task.train(), self._start())
         stream = super().stream(method, kind, seed)
@@ -166,6 +167,23 @@ class PairWorld(PromptWorld):
                             "runs and their folders: python -m runner results method=reward_model")
         return load_file(path)
 
+    def stored(self, method, pairs: Sequence[Pair]) -> Stored:
+        """The stream of these pairs, without those whose sides are the same."""
+        if not pairs:
+            raise UserError("this env has no training pairs")
+        columns = encode_pairs(method, pairs)
+        differ = ((columns["chosen"] != columns["rejected"]) | (columns["chosen_mask"] != columns["rejected_mask"])).any(1)
+        number = int(differ.sum())
+        self.told = {"pairs": number, "identical": len(pairs) - number, "digest": digest(pairs)}
+        if not number:
+            raise UserError(f"none of the {len(pairs)} pairs has two different responses\n"
+                            "allow longer ones (env.response_length) if they are cut off before they differ")
+        columns = {k: v[differ] for k, v in columns.items()}
+        return Stored(columns, self._start(), self.config.batch_size, method.seed, method.processes)
+
+    def provenance(self):
+        return {} if self.told is None else self.told
+
     def preferred(self, problem, response: str, other: str) -> float:
         """The probability that `response` is preferred to `other`: here the one of greater true reward wins."""
         mine, theirs = self.true_reward(problem, response), self.true_reward(problem, other)
@@ -180,17 +198,24 @@ class PairWorld(PromptWorld):
         start = {} if method.blueprint.own_weights else self._start()
         if start:
             return method.with_weights({k: v.to(method.device()) for k, v in start.items()})
-        held = getattr(method, "reference", None)
-        return method.with_weights(held.state_dict()) if held is not None else None
+        return method.with_weights()
 
     def evaluate(self, method, seed):
         with torch.no_grad():
             if getattr(method, "judges", False):
                 return self.on_ratings(method)
             reference = self.reference(method)
-            problems = [p for p, _ in zip(self.task.held_out(), range(self.config.eval_prompts))]
+            problems = [p for p, _ in zip(self.judged_problems(method), range(self.config.eval_prompts))]
             out = self.sampled(method, reference, problems, seed) if problems else {}
             return {**out, **self.on_pairs(method, reference), **self.on_old(method, reference)}
+
+    def judged_problems(self, method):
+        """The held-out problems that responses are sampled to."""
+        return self.task.held_out()
+
+    def judged_pairs(self, method) -> Sequence[Pair]:
+        """The held-out pairs."""
+        return self.task.held_out_pairs()
 
     def true_reward(self, problem, response: str) -> float:
         verdict = self.judge(problem, response)
@@ -224,7 +249,7 @@ class PairWorld(PromptWorld):
         return out
 
     def on_pairs(self, method, reference) -> dict[str, float]:
-        pairs = self.task.held_out_pairs()
+        pairs = self.judged_pairs(method)
         if not pairs or reference is None:
             return {}
         columns, change = encode_pairs(method, pairs), {}

@@ -40,9 +40,9 @@ class MODPO(DPO):
         weight: float = knob(0.0, "w_1; 0: what the batch's own column says", low=0.0, high=1.0, source="paper: 0 to 1",
                              when={"combine": ["margin", "loss"]})
         most: float = knob(10.0, "bound of 1 / w_1", low=1.0, source="project's choice", when={"combine": "margin"})
-        margin_steps: int = knob(600, "Adam's steps that fit the other objective's reward", low=1, source="project's choice",
+        margin_steps: int = knob(500, "Adam's steps that fit the other objective's reward", low=1, source="project's choice",
                                  when={"combine": "margin"})
-        margin_rate: float = knob(0.05, "its learning rate", low=0.0, source="project's choice", when={"combine": "margin"})
+        margin_rate: float = knob(0.2, "its learning rate", low=0.0, source="project's choice", when={"combine": "margin"})
 
     def prepare(self, data):
         columns = super().prepare(data)

@@ -76,7 +76,7 @@ class OnlinePairs(PairPolicy):
             value, penalty = self.loss(pairs), self.penalty(pairs)
             return value if penalty is None else value + penalty
 
-        value = self.fit(self.rows(columns), self.measuring(), 1.0, loss)
+        value = self.fit(self.rows(columns), self.measuring(), 1.0, loss, self.beside())
         with torch.no_grad():
             told = {"loss": value, **self.summary(pairs), **pairs.told}
         self.after_update(pairs)

@@ -3,6 +3,7 @@
 For a prompt x with a preferred response y_w and a dispreferred one y_l, with log-probabilities of tokens under the policy and
 under the reference (the policy as it was at the start; its own are computed once, before training):
 
+    0. select        which of the stored pairs are trained on, told once before training; all here   (additive: what all keep)
     1. measure       numbers of every response token from its logits: log_prob                        (additive)
     2. worth         s(y) (2, b) of both sides: rho(y) = sum_t [ log pi(y_t) - log pi_ref(y_t) ]
     3. margin        g (b,) that is taken off; none here                                             (additive)
@@ -52,9 +53,10 @@ class PairPolicy(TokenMethod):
     @dataclasses.dataclass(frozen=True)
     class Config(TokenMethod.Config):
         beta: float = knob(0.1, "strength of the tie to the reference: beta rho is the implicit reward", low=0.0, source="paper")
+        optimizer: str = knob("adamw", "plain sgd takes steps along the gradient itself", choices=["adamw", "sgd", "rmsprop"])
 
-    PARTS = ("measure", "worth", "margin", "link", "weigh", "loss", "penalty", "after_update")
-    ADDITIVE = ("measure", "margin", "weigh", "penalty", "after_update")
+    PARTS = ("select", "measure", "worth", "margin", "link", "weigh", "loss", "penalty", "after_update")
+    ADDITIVE = ("select", "measure", "margin", "weigh", "penalty", "after_update")
 
     _large: bool | None = None  # whether the policy is one whose passes over prompts are worth sharing
     own_samples = False         # whether an update samples responses, or looks at the host's numbers otherwise
@@ -69,19 +71,47 @@ class PairPolicy(TokenMethod):
     def needs_reference(self):
         return True
 
+    def make_optimizers(self):
+        c = self.config
+        if c.optimizer == "adamw":
+            return super().make_optimizers()
+        parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        kind, more = torch.optim.SGD, {}
+        if c.optimizer == "rmsprop":
+            kind, more = torch.optim.RMSprop, {"capturable": True} if self.capturable and parameters[0].is_cuda else {}
+        self.optimizers = {"policy": kind(parameters, lr=c.learning_rate, weight_decay=c.weight_decay, **more)}
+
     def prepare(self, data):
-        """The reference's log-probability of every stored response token, as columns beside it: nothing of it is computed
-        again. (N, T) float32 a side."""
+        """The pairs that are selected, and the reference's log-probability of each of their response tokens, as columns beside
+        it: nothing of it is computed again. (N, T) float32 a side."""
         super().prepare(data)
-        if "chosen" not in data or not self.needs_reference():
+        if "chosen" not in data:
             return None
         columns = {k: v for k, v in data.items() if "/" not in k}
+        kept = self.select(columns)
+        if kept is not None:
+            columns = {k: v[kept] for k, v in columns.items()}
+        if not self.needs_reference():
+            return None if kept is None else columns
+        asked = {k: columns[k] for k in ("prompt", "prompt_mask", *SIDES, *(f"{s}_mask" for s in SIDES))}
+        return {**columns, **self.remembered("reference", {**asked, **self.reference_weights()},
+                                             lambda: self.reference_columns(columns))}
+
+    def reference_columns(self, columns) -> dict[str, Tensor]:
+        """{side_reference: (N, T)}, the reference's log-probabilities of the stored pairs' tokens."""
+        out = {}
         for side in SIDES:
-            parts = torch.arange(len(data[side])).split(AT_ONCE)
-            told = [self.score_reference({"prompt": data["prompt"][i], "prompt_mask": data["prompt_mask"][i],
-                                          "response": data[side][i], "mask": data[f"{side}_mask"][i]})["log_prob"] for i in parts]
-            columns[f"{side}_reference"] = torch.cat(told)
-        return columns
+            rows = {"prompt": columns["prompt"], "prompt_mask": columns["prompt_mask"], "response": columns[side],
+                    "mask": columns[f"{side}_mask"]}
+            parts = torch.arange(len(columns[side])).split(AT_ONCE)
+            told = [self.score_reference({k: v[i] for k, v in rows.items()})["log_prob"] for i in parts]
+            out[f"{side}_reference"] = torch.cat(told)
+        return out
+
+    def reference_weights(self) -> dict[str, Tensor]:
+        """What the reference's log-probabilities depend on, beside the pairs. Adapters start as nothing."""
+        policy = self.reference if self.reference is not None else self.policy
+        return {f"weights/{k}": v for k, v in policy.state_dict().items() if "lora_" not in k}
 
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch: prompt, prompt_mask (b, Tp); chosen, rejected, their _mask and _reference (b, T); label (b,)."""
@@ -93,7 +123,7 @@ class PairPolicy(TokenMethod):
             value, penalty = self.loss(pairs), self.penalty(pairs)
             return value if penalty is None else value + penalty
 
-        value = self.fit(rows, self.measuring(), 1.0, loss)
+        value = self.fit(rows, self.measuring(), 1.0, loss, self.beside())
         with torch.no_grad():
             told = {"loss": value, **self.summary(pairs), **pairs.told}
         self.after_update(pairs)
@@ -141,6 +171,14 @@ class PairPolicy(TokenMethod):
         """The part `measure`, or, where it adds nothing, the quicker way of scoring.py."""
         return self.measure if self.measures_more() else scoring.log_prob
 
+    def compares(self) -> bool:
+        """Whether `measure` sees the logits of the policy at the start, too, at these settings; overriders ask super()."""
+        return False
+
+    def beside(self):
+        """What fit and score want for that."""
+        return self.start_policy() if self.compares() else None
+
     def measures_more(self) -> bool:
         """See methods/reasoning/base.py: whether `measure` has more to tell at these settings than the base."""
         return any("measure" in vars(c) and "measures_more" not in vars(c) for c in type(self).__mro__ if c is not PairPolicy)
@@ -152,6 +190,10 @@ class PairPolicy(TokenMethod):
         return {"chosen": chosen.mean(), "rejected": rejected.mean(), "margin": gap.mean(), "fallen": (chosen < 0).float().mean(),
                 "accuracy": (torch.sign(gap) / 2 + 0.5).mean()}
 
+    def implicit_reward(self, rho: Tensor) -> Tensor:
+        """What the policy's log-ratios say of rewards, up to a constant of the prompt; for worlds that know the true ones."""
+        return self.config.beta * rho
+
     def difference(self, pairs: Pairs) -> Tensor:
         """z (b,) = beta (s_w - s_l) - g, as the parts worth and margin say."""
         s, margin = self.worth(pairs), self.margin(pairs)
@@ -159,8 +201,13 @@ class PairPolicy(TokenMethod):
         return z if margin is None else z - margin
 
     # -- parts
-    def measure(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """logits (n, V), target (n,) -> {name: (n,)}; overriders add to super()'s."""
+    def select(self, columns: dict[str, Tensor]) -> Tensor | None:
+        """Which of the N stored pairs are trained on, (N,) bool; overriders take them from among super()'s (None: all)."""
+        return None
+
+    def measure(self, logits: Tensor, target: Tensor, first: Tensor | None = None) -> dict[str, Tensor]:
+        """logits (n, V), target (n,), for a method that `compares` the logits of the policy at the start (n, V) -> {name: (n,)};
+        overriders add to super()'s."""
         return scoring.log_prob(logits, target)
 
     def worth(self, pairs: Pairs) -> Tensor:
@@ -198,6 +245,11 @@ class PairPolicy(TokenMethod):
 def logistic(z: Tensor, p: Tensor) -> Tensor:
     """-p log sigma(z) - (1 - p) log sigma(-z), elementwise."""
     return -(p * F.logsigmoid(z) + (1 - p) * F.logsigmoid(-z))
+
+
+def preferred(x: Tensor, p: Tensor) -> Tensor:
+    """Of numbers x (2, b) of both sides that of the preferred one, (b,): x_w, and in between where p is."""
+    return p * x[0] + (1 - p) * x[1]
 
 
 def plus(penalty: Tensor | None, more: Tensor) -> Tensor:

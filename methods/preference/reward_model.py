@@ -51,27 +51,21 @@ class RewardModel(DPO):
             self.optimizers["policy"].param_groups[0]["params"].append(self.reward_head)
 
     def needs_reference(self):
-        return not (self.config.form == "head" and not self.spec.arms)
+        return self.config.form == "implicit"
 
     def measures_more(self):
         return self.config.form == "head" or super().measures_more()
 
     def measure(self, logits, target):
-        """Under log_prob: what a response is rated by. A head's output, or the logit of an arm."""
+        """Under log_prob: what a response is rated by. A head's output, or what is learned of an arm."""
         if self.config.form == "implicit":
             return super().measure(logits, target)
         return {"log_prob": logits[:, 0] if self.headed else logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)}
 
     def score(self, rows, measure=scoring.log_prob_and_entropy, temperature=1.0, policy=None, trunk=None, beside=None):
-        if self.headed and measure == self.measure:
-            policy = rewards.Rater(self.policy, self.reward_head)
+        if self.config.form == "head" and measure == self.measure:
+            policy = rewards.Rater(self.policy, self.reward_head) if self.headed else self.policy.rater()
         return super().score(rows, measure, temperature, policy, trunk, beside)
-
-    def score_reference(self, rows, temperature=1.0, policy=None):
-        if self.config.form == "implicit":
-            return super().score_reference(rows, temperature, policy)
-        with torch.no_grad():
-            return self.score(rows, self.measure, temperature, policy or self.start_policy())
 
     def longer(self, batch) -> dict[str, Tensor]:
         """The batch with one more place behind every response, and a mask of that place alone."""
@@ -92,6 +86,9 @@ class RewardModel(DPO):
     def scale(self) -> float:
         return self.config.beta if self.config.form == "implicit" else 1.0
 
+    def implicit_reward(self, rho):
+        return self.scale() * rho
+
     def difference(self, pairs):
         if self.config.form == "implicit":
             return super().difference(pairs)
@@ -109,5 +106,7 @@ class RewardModel(DPO):
         """r (b,) of responses; rows: prompt, prompt_mask, response, mask."""
         if self.headed:
             return rewards.rate(rewards.Rater(self.policy, self.reward_head), rows)
-        told = self.score(rows, self.measure)["log_prob"] - self.score_reference(rows)["log_prob"]
+        told = self.score(rows, self.measure)["log_prob"]
+        if self.config.form == "implicit":
+            told = told - self.score_reference(rows)["log_prob"]
         return self.scale() * (told * rows["mask"]).sum(1)

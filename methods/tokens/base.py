@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from methods.tokens import checkpoint, lora, rewards
-from methods.tokens.engine import Sampler
+from methods.tokens.engine import Generated, Sampler
 from methods.tokens.graphed import Graphed
 from methods.tokens.scoring import buckets, log_prob_and_entropy, score
 from runner.errors import UserError
@@ -105,6 +105,9 @@ class TokenMethod(Method):
         where the alphabet has one, else the tokeniser's end is added."""
         width = self.response_length()
         ids = torch.full((len(texts), width), self.tokenizer.pad)
+        end = self.spec.end or ""
+        if not hasattr(self.tokenizer, "characters") and not end.isprintable():
+            texts = [t.removesuffix(end) for t in texts]  # it stands for the tokeniser's own end, which is added
         rows = [self.tokenizer.encode_response(t)[:width] for t in texts]
         for i, row in enumerate(rows):
             ids[i, :len(row)] = torch.tensor(row, dtype=torch.int64)
@@ -123,19 +126,25 @@ class TokenMethod(Method):
                  steps: int | None = None, fresh: bool = True) -> Completions:
         """Sample `samples` responses to each text. uniforms (B, T) in [0, 1): one number a token; temperature 0: the most
         probable token. `fresh`: the weights may have changed since the last call."""
-        if self._sampler is None:
-            self._sampler, fresh = Sampler(self.policy), True
         prompt, prompt_mask = self.encode(texts)
-        steps = steps or self.response_length()
-        with self.autocast():
-            if fresh:
-                self._sampler.refresh()
-            out = self._sampler.generate(prompt, prompt_mask, group=samples, steps=steps, eos=self.tokenizer.eos,
-                                         pad=self.tokenizer.pad, uniforms=uniforms, temperature=temperature, adjust=adjust)
+        out = self.respond(prompt, prompt_mask, samples, uniforms, temperature, adjust, steps, fresh)
         lengths = out.mask.sum(1).tolist()
         decoded = [self.tokenizer.decode(row[:n]) for row, n in zip(out.response.tolist(), lengths)]
         return Completions(decoded, prompt.repeat_interleave(samples, 0), prompt_mask.repeat_interleave(samples, 0),
                            out.response, out.mask, out.log_prob)
+
+    @torch.no_grad()
+    def respond(self, prompt: Tensor, prompt_mask: Tensor, samples: int, uniforms: Tensor, temperature: float = 1.0, adjust=None,
+                steps: int | None = None, fresh: bool = True) -> Generated:
+        """`generate` from tokens to tokens: prompt, prompt_mask (P, Tp) -> response, mask, log_prob (P * samples, T)."""
+        if self._sampler is None:
+            self._sampler, fresh = Sampler(self.policy), True
+        with self.autocast():
+            if fresh:
+                self._sampler.refresh()
+            return self._sampler.generate(prompt, prompt_mask, group=samples, steps=steps or self.response_length(),
+                                          eos=self.tokenizer.eos, pad=self.tokenizer.pad, uniforms=uniforms,
+                                          temperature=temperature, adjust=adjust)
 
     def score(self, rows: dict[str, Tensor], measure=log_prob_and_entropy, temperature: float = 1.0, policy=None,
               trunk=None, beside=None) -> dict[str, Tensor]:
@@ -230,13 +239,19 @@ class TokenMethod(Method):
         hidden = self.policy.hidden(ids, mask)[:, rows.prompt.shape[1] - 1:-1]
         return (hidden @ self.policy.head.T).float().log_softmax(-1)
 
-    def with_weights(self, weights: dict[str, Tensor]) -> TokenMethod:
-        """The same method with other weights in its policy, to evaluate beside it. What it samples and scores is theirs."""
+    def with_weights(self, weights: dict[str, Tensor] | None = None) -> TokenMethod | None:
+        """The same method with other weights in its policy, to evaluate beside it: what it samples and scores is theirs. None:
+        the policy as it was at the start, where the method keeps that."""
+        if weights is None and self.reference is None and not lora.adapted(self.policy):
+            return None
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._modules = dict(self._modules)
-        other.policy = copy.deepcopy(self.policy)
-        other.policy.load_state_dict(weights)
+        if weights is None:
+            other.policy = self.reference if self.reference is not None else lora.without(self.policy)
+        else:
+            other.policy = copy.deepcopy(self.policy)
+            other.policy.load_state_dict(weights)
         other._sampler, other._graphed = None, None
         return other
 

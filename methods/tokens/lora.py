@@ -63,10 +63,22 @@ class Unadapted:
         with reference(self.policy):
             return self.policy.packed(ids)
 
+    def model(self, *args):
+        with reference(self.policy):
+            return self.policy.model(*args)
+
     @property
     def head(self):
         with reference(self.policy):
             return self.policy.head
+
+
+def without(policy: nn.Module) -> nn.Module:
+    """A copy whose adapters are off for good."""
+    policy = copy.deepcopy(policy)
+    for layer in adapted(policy):
+        layer.enable_adapters(False)
+    return policy
 
 
 def merged_copy(policy: nn.Module) -> nn.Module:

@@ -21,7 +21,8 @@ def bare(cls, **values):
 
 @functools.cache
 def composed(*words):
-    return compose([*words, "env=countdown", "size=smoke", "logger=none", "hardware=cpu"], BOOK)
+    env = () if any(w.startswith("env=") for w in words) else ("env=countdown",)
+    return compose([*words, *env, "size=smoke", "logger=none", "hardware=cpu"], BOOK)
 
 
 def assembled(*words, **settings):
