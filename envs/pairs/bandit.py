@@ -13,7 +13,11 @@
 `soft` gives every pair of seen arms once, with its exact probability as the label: the population, not a sample.
 `once` adds that many arms with reward -1, each in exactly one pair, as the winner: the spurious arms of testbed [33].
 `scored` batches are logged arms with rewards: a share `poor` of them from a softmax of -2 r, the others from one of r; rewards
-are squashed by a sigmoid, those of a share `noisy` get noise of 0.3 and are cut to [0, 1].
+are squashed by a sigmoid, those of a share `noisy` get noise of 0.3 and are cut to [0, 1]. The policy that such training begins
+from, pi_ref, is the maximum-likelihood fit of the log: an arm's share of its context's rows, `smoothing` added to every count.
+
+Batches of kind `arms` hold everything: prompt, prompt_mask (X, Tp), arms (X, K): their tokens, reward (X, K); `batch_size`
+contexts, 0: all.
 
 One seed is one bandit; the run's seed chooses it. Gold metrics are exact sums over arms.
 """
@@ -26,7 +30,9 @@ import random
 import torch
 from torch import Tensor
 
-from envs.pairs.base import PairWorld
+from envs.pairs import decoding
+from envs.pairs.base import PairWorld, Stored
+from envs.pairs.scored import Scored
 from envs.pairs.task import Pair, PairTask
 from envs.prompts.task import Problem, Verdict
 from runner.errors import UserError
@@ -61,6 +67,9 @@ class Bandit(PairTask):
             reward = torch.linspace(0, 1, c.arms + c.once).repeat(c.contexts, 1) * (c.arms + c.once - 1) / max(c.arms - 1, 1)
         else:
             reward = c.reward_scale * torch.randn(c.contexts, arms, generator=g)
+        if c.scales > 1:
+            apart = torch.Generator().manual_seed(256 * seed + 14)
+            reward = reward * c.scales ** (2 * torch.rand(c.contexts, 1, generator=apart) - 1)
         self.base = c.base_scale * torch.randn(c.contexts, arms, generator=g)
         self.seen = c.arms - c.unseen
         if c.unseen:
@@ -142,6 +151,13 @@ class Bandit(PairTask):
         value = (value + noise).clamp(0, 1)
         return [(context(a), arm(b), float(r)) for a, b, r in zip(x.tolist(), y.tolist(), value)]
 
+    def fitted(self, rows: list[tuple[str, str, float]]) -> Tensor:
+        """log of the arms' smoothed shares of each context's rows, (X, K)."""
+        count = torch.full_like(self.base, self.config.smoothing)
+        for prompt, response, _ in rows:
+            count[ord(prompt) - CONTEXT, ord(response) - ARM] += 1
+        return (count / count.sum(-1, keepdim=True)).log()
+
 
 class BanditWorld(PairWorld):
     @dataclasses.dataclass(frozen=True)
@@ -150,6 +166,8 @@ class BanditWorld(PairWorld):
         arms: int = knob(12, "K", low=2, high=4000, source="project's choice")
         features: int = knob(0, "D: numbers that describe an arm in a context; 0: none", low=0)
         reward_scale: float = knob(1.0, "deviation of the true reward", low=0.0, source="project's choice")
+        scales: float = knob(1.0, "rewards of a context are multiplied by a number of its own, log-uniform in [1/scales, scales]",
+                             low=1.0)
         ladder: bool = knob(False, "rewards of arms rise in equal steps from 0 to 1 instead")
         base_scale: float = knob(0.5, "deviation of the reference's logits", low=0.0, source="project's choice")
         sharpness: float = knob(1.0, "s: labels are drawn with sigma(s (r_i - r_j))", low=0.0)
@@ -164,10 +182,20 @@ class BanditWorld(PairWorld):
         logged: int = knob(3000, "rows of a scored data set", low=1)
         poor: float = knob(0.6, "share of them from a policy that prefers low rewards", low=0.0, high=1.0)
         noisy: float = knob(0.0, "share of them with noise in the reward", low=0.0, high=1.0)
+        smoothing: float = knob(0.5, "rows of every arm that the fit of the log counts beside those it has", low=1e-6,
+                                source="project's choice")
+        values: str = knob("sampled", "what a prompt of the log is worth: the mean reward of sampled responses, or the exact one",
+                           choices=["sampled", "exact"])
+        samples_per_prompt: int = knob(5, "responses sampled for that", low=1, source="project's choice",
+                                       when={"values": "sampled"})
+        best_of: int = knob(4, "N of the decoding that win rates are told of", low=1)
 
     metrics = {
         "reward": Metric("max", "", "true expected reward, exact, mean over contexts"),
+        "value": Metric("max", "", "the same of rewards on the scale of the log, squashed to [0, 1]"),
         "win_rate": Metric("max", "", "probability that an arm of the policy is truly better than one of the reference"),
+        "best_win_rate": Metric("max", "", "the same of the best of N (`best_of`) draws of each"),
+        "worst_win_rate": Metric("max", "", "the same of the worst of N draws of each"),
         "kl": Metric("none", "nats", "KL(policy || reference), exact"),
         "kl_from_reference": Metric("none", "nats", "KL(reference || policy), exact"),
         "regularised": Metric("max", "", "true expected reward - beta_eval KL(policy || reference)"),
@@ -197,7 +225,24 @@ class BanditWorld(PairWorld):
         self.task, self.method = self.make(method.seed), method
         if kind == "pairs":
             return self.stored(method, self.task.pairs())
+        if kind == "scored":
+            return self.scored(method)
+        if kind == "arms":
+            prompt, mask = method.encode([context(x) for x in range(self.size())])
+            tokens = method.encode_responses([arm(y) for y in range(self.task.arms)])[0][:, 0]
+            columns = {"prompt": prompt, "prompt_mask": mask, "arms": tokens.expand(len(prompt), -1),
+                       "reward": self.task.reward.to(prompt.device)}
+            return Stored(columns, self._start(), self.config.batch_size, method.seed, method.processes)
         return super().stream(method, kind, seed)
+
+    def scored(self, method) -> Scored:
+        """Logged rows, and the policy that has been fitted to them."""
+        t, rows = self.task, self.task.logged()
+        t.base, worth = t.fitted(rows), torch.sigmoid(t.reward)
+        exact = (t.base.exp() * worth).sum(-1).tolist()
+        values = {context(x): v for x, v in enumerate(exact)} if self.config.values == "exact" else None
+        return Scored(method, rows, self.config.batch_size or len(rows), lambda prompt, response: float(
+            worth[ord(prompt) - CONTEXT, ord(response) - ARM]), self.config.samples_per_prompt, self._start(), values)
 
     def make(self, seed: int) -> PairTask:
         return Bandit(self.config, seed)
@@ -216,11 +261,15 @@ class BanditWorld(PairWorld):
         return self.config.contexts
 
     def table(self, method) -> Tensor:
-        """log pi (X, K), exact."""
+        """log pi (X, K), exact: of a method that chooses one of n draws of the reference (`draws_of_one`), of what it chooses."""
         prompts = torch.arange(self.size(), device=method.device()) + self.task.arms + 1
         ids = prompts.unsqueeze(1)
         hidden = method.policy.hidden(ids, torch.ones_like(ids, dtype=torch.bool))[:, 0]
-        return (hidden @ method.policy.head.T).float()[:, 1:].log_softmax(-1)
+        scores = (hidden @ method.policy.head.T).float()[:, 1:]
+        if n := getattr(method, "draws_of_one", 0):
+            base = self.task.base.to(scores.device)
+            return decoding.best_of(base.double().softmax(-1), (scores - base).double(), n).clamp(min=1e-30).log().float()
+        return scores.log_softmax(-1)
 
     def evaluate(self, method, seed):
         with torch.no_grad():
@@ -231,12 +280,15 @@ class BanditWorld(PairWorld):
         t = self.task
         ref, r, p = t.base.log_softmax(-1), t.reward, log_p.exp()
         rho = log_p - ref
-        better = (torch.sign(r[:, :, None] - r[:, None, :]) / 2 + 0.5)
+        n = self.config.best_of
+        decoded = {name: decoding.wins(how(p.double(), r, n), how(ref.exp().double(), r, n), r).mean().item()
+                   for name, how in (("best_win_rate", decoding.best_of), ("worst_win_rate", decoding.worst_of))}
         worse = r.argsort(-1).argsort(-1) < t.arms // 2
         expected = lambda table: (p * table).sum(-1).mean().item()  # noqa: E731
         kl = expected(rho)
-        out = {"reward": expected(r), "kl": kl, "kl_from_reference": (ref.exp() * -rho).sum(-1).mean().item(),
-               "win_rate": torch.einsum("xi,xij,xj->x", p, better, ref.exp()).mean().item(),
+        out = {"reward": expected(r), "value": expected(torch.sigmoid(r)), "kl": kl,
+               "kl_from_reference": (ref.exp() * -rho).sum(-1).mean().item(),
+               "win_rate": decoding.wins(p, ref.exp(), r).mean().item(), **decoded,
                "entropy": -expected(log_p), "tail_mass": expected(worse.float()),
                "unseen_mass": p[:, t.seen:].sum(-1).mean().item(),
                "best_mass": p.gather(1, r.argmax(-1, keepdim=True)).mean().item()}
@@ -265,7 +317,10 @@ class BanditWorld(PairWorld):
     def references(self, seed: int):
         t = self.task
         best = torch.full_like(t.reward, -1e4).scatter(1, t.reward.argmax(-1, keepdim=True), 0.0)
-        return {"reference": self.exact(t.base.log_softmax(-1)), "best arm": self.exact(best.log_softmax(-1))}
+        n = self.config.best_of
+        chosen = decoding.best_of(t.base.double().softmax(-1), t.reward, n).clamp(min=1e-30).log().float()
+        return {"reference": self.exact(t.base.log_softmax(-1)), f"best of {n}": self.exact(chosen),
+                "best arm": self.exact(best.log_softmax(-1))}
 
 
 def optimum(base: Tensor, reward: Tensor, beta: float) -> Tensor:

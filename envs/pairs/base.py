@@ -26,7 +26,7 @@ from torch import Tensor
 
 from envs.pairs.duels import Duels
 from envs.pairs.task import Pair, PairTask
-from envs.prompts.base import PromptWorld
+from envs.prompts.base import Prompts, PromptWorld
 from runner.errors import UserError
 from runner.interface import Metric, Stream, knob
 
@@ -86,6 +86,15 @@ class Stored(Stream):
         self.taken = state["taken"]
 
 
+class Rated(Prompts):
+    """Prompts whose responses are rewarded by a fitted reward model; `correct` stays the judge's."""
+
+    def verified(self, written, out, samples):
+        batch = super().verified(written, out, samples)
+        batch["reward"] = self.rater(batch)
+        return batch
+
+
 def encode_pairs(method, pairs: Sequence[Pair]) -> dict[str, Tensor]:
     """The columns of a batch `pairs`, for all of them."""
     prompt, prompt_mask = method.encode([p.prompt for p in pairs])
@@ -116,6 +125,9 @@ class PairWorld(PromptWorld):
     @dataclasses.dataclass(frozen=True)
     class Config(PromptWorld.Config):
         batch_size: int = knob(64, "pairs a batch; 0: all of them", low=0)
+        limit: int = knob(0, "pairs to learn from at most, the first ones; 0: all", low=0)
+        judge_run: str = knob("", "folder of a finished run of method=reward_model on this env, whose ratings of sampled "
+                              "responses are rewarded in the place of the true judge's")
 
     told: dict | None = None  # of the pairs that were handed out
 
@@ -124,7 +136,8 @@ class PairWorld(PromptWorld):
         "win_rate": Metric("max", "", "share of sampled responses that are truly better than the reference's; ties count half"),
         "kl": Metric("none", "nats", "KL(policy || reference) of a response, from the policy's samples"),
         "kl_from_reference": Metric("none", "nats", "KL(reference || policy) of a response, from the reference's samples"),
-        "accuracy": Metric("max", "", "share of held-out pairs whose chosen response has gained more log-probability"),
+        "accuracy": Metric("max", "", "share of held-out pairs whose chosen response has gained more log-probability, or is "
+                           "rated higher"),
         "chosen": Metric("max", "nats", "change of a held-out chosen response's log-probability"),
         "rejected": Metric("none", "nats", "change of a held-out rejected response's log-probability"),
         "drift": Metric("min", "nats", "KL(reference || policy) of a token, exact, on old responses that no preference is about"),
@@ -140,10 +153,24 @@ class PairWorld(PromptWorld):
             return self.stored(method, self.task.pairs())
         if kind == "duels":
             return Duels(self, method, self.task.train(), self._start())
-        return super().stream(method, kind, seed)
+        stream = super().stream(method, kind, seed)
+        if self.config.judge_run and kind in ("prompts", "unlabelled"):
+            stream = Rated(self, method, stream.pool, stream.start)
+            stream.rater = method.rater(self.judging_weights())
+        return stream
+
+    def judging_weights(self) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        path = Path(self.config.judge_run) / "weights.safetensors"
+        if not path.is_file():
+            raise UserError(f"env.judge_run={self.config.judge_run} is no folder of a finished run: {path.name} is not there\n"
+                            "runs and their folders: python -m runner results method=reward_model")
+        return load_file(path)
 
     def stored(self, method, pairs: Sequence[Pair]) -> Stored:
         """The stream of these pairs, without those whose sides are the same."""
+        pairs = pairs[:self.config.limit or None]
         if not pairs:
             raise UserError("this env has no training pairs")
         columns = encode_pairs(method, pairs)
@@ -177,6 +204,8 @@ class PairWorld(PromptWorld):
 
     def evaluate(self, method, seed):
         with torch.no_grad():
+            if getattr(method, "judges", False):
+                return self.on_ratings(method)
             reference = self.reference(method)
             problems = [p for p, _ in zip(self.judged_problems(method), range(self.config.eval_prompts))]
             out = self.sampled(method, reference, problems, seed) if problems else {}
@@ -233,6 +262,15 @@ class PairWorld(PromptWorld):
         gap = change["chosen"] - change["rejected"]
         return {"accuracy": (torch.sign(gap) / 2 + 0.5).mean().item(), "chosen": change["chosen"].mean().item(),
                 "rejected": change["rejected"].mean().item()}
+
+    def on_ratings(self, method) -> dict[str, float]:
+        """Of a method that has learned to judge: held-out pairs that it rates as they should be."""
+        columns = encode_pairs(method, self.task.held_out_pairs())
+        rated = [method.rate({"prompt": columns["prompt"], "prompt_mask": columns["prompt_mask"], "response": columns[side],
+                              "mask": columns[f"{side}_mask"]}) for side in SIDES]
+        gap = rated[0] - rated[1]
+        return {"accuracy": (torch.sign(gap) / 2 + 0.5).mean().item(), "chosen": rated[0].mean().item(),
+                "rejected": rated[1].mean().item()}
 
     def on_old(self, method, reference) -> dict[str, float]:
         old = self.task.old()

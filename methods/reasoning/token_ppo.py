@@ -13,7 +13,7 @@ and GRPO's clipped surrogate. The critic is a network of its own: a copy of the 
 head that starts at 0; it takes one step on every minibatch, by its own optimiser. A response that is cut at its longest ends like
 any other. The k1 in the reward has the gradient of KL(pi || ref), unlike k3 as a loss.
 
-Not done: several epochs over a batch, a first phase that trains the critic alone, sharing the trunk with the policy.
+Several epochs over a batch: ppo_rlhf. Not done: a first phase that trains the critic alone, sharing the trunk with the policy.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from methods.reasoning.base import GroupPolicy
 from methods.reasoning.reinforce_pp import whiten
 from methods.tokens.base import BETAS
+from methods.tokens.rewards import value
 from runner.interface import knob
 
 
@@ -46,11 +47,6 @@ class Critic(nn.Module):
 
     def packed(self, ids: Tensor) -> Tensor:
         return self.trunk(ids)
-
-
-def value(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """The measure of a critic."""
-    return {"value": logits[:, 0]}
 
 
 def discounted_sums(x: Tensor, factor: float) -> Tensor:
@@ -103,6 +99,10 @@ class TokenPPO(GroupPolicy):
     def needs_reference(self):
         return super().needs_reference() or self.config.critic and self.config.reward_kl > 0
 
+    def kl_cost(self) -> float | Tensor:
+        """The weight of the KL in the reward, where `reward_kl` is not 0."""
+        return self.config.reward_kl
+
     def parts(self, rows: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """Rows that go through the critic at once."""
         size = self.config.micro_rows or len(rows["mask"])
@@ -119,7 +119,7 @@ class TokenPPO(GroupPolicy):
         last = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))
         reward = last * batch["reward"][:, None]
         if c.reward_kl:
-            reward = reward - c.reward_kl * (old["log_prob"] - old["reference_log_prob"]) * mask
+            reward = reward - self.kl_cost() * (old["log_prob"] - old["reference_log_prob"]) * mask
         advantage = gae(reward, values, mask, c.gamma, c.trace)
         batch |= {"old_value": values, "returns": advantage + values}
         error, returns = advantage[mask > 0], batch["returns"][mask > 0]

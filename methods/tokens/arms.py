@@ -51,20 +51,29 @@ class ArmPolicy(nn.Module):
         else:
             self.theta = nn.Parameter(torch.zeros(x, k) if kind == "table" else torch.zeros(d))
 
+    def learned(self, context: Tensor) -> Tensor:
+        """f: context (n,) -> (n, K)."""
+        if self.kind == "table":
+            return self.theta[context]
+        features = self.features[context]
+        return features @ self.theta if self.kind == "linear" else self.net(features).squeeze(-1)
+
     def scores(self, context: Tensor) -> Tensor:
         """context (n,) -> unnormalised log-probabilities of the arms (n, K)."""
-        if self.kind == "table":
-            return self.base[context] + self.theta[context]
-        features = self.features[context]
-        return self.base[context] + (features @ self.theta if self.kind == "linear" else self.net(features).squeeze(-1))
+        return self.base[context] + self.learned(context)
 
-    def _hidden(self, token: Tensor, length: int) -> Tensor:
-        """token (b,): the contexts -> (b, length, K + 1), the same at every position."""
-        scores = self.scores(token - self.shape.width)
+    def _hidden(self, token: Tensor, length: int, alone: bool = False) -> Tensor:
+        """token (b,): the contexts -> (b, length, K + 1), the same at every position. alone: of f without base."""
+        context = token - self.shape.width
+        scores = self.learned(context) if alone else self.scores(context)
         return torch.cat([torch.full_like(scores[:, :1], NEVER), scores], 1).unsqueeze(1).expand(-1, length, -1)
 
     def packed(self, ids: Tensor) -> Tensor:
         return self._hidden(ids[:, 0], ids.shape[1])
+
+    def rater(self) -> Alone:
+        """f as a policy to score by."""
+        return Alone(self)
 
     def hidden(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         first = torch.zeros(len(ids), 1, dtype=torch.int64, device=ids.device) if mask is None else \
@@ -86,6 +95,16 @@ class ArmPolicy(nn.Module):
         mask = torch.zeros_like(response, dtype=torch.bool)
         mask[:, 0] = True
         return Generated(response, mask, p.log() * mask)
+
+
+class Alone:
+    """What score() asks of a policy; its logits are f."""
+
+    def __init__(self, policy: ArmPolicy):
+        self.policy, self.head = policy, policy.head
+
+    def packed(self, ids: Tensor) -> Tensor:
+        return self.policy._hidden(ids[:, 0], ids.shape[1], alone=True)
 
 
 class Arms:

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from methods.tokens import checkpoint, lora
+from methods.tokens import checkpoint, lora, rewards
 from methods.tokens.engine import Generated, Sampler
 from methods.tokens.graphed import Graphed
 from methods.tokens.scoring import buckets, log_prob_and_entropy, score
@@ -166,6 +166,11 @@ class TokenMethod(Method):
         told = [self.score(part, temperature=temperature, policy=policy) for _, part in parts]
         order = torch.cat([i for i, _ in parts]).argsort()
         return {k: torch.cat([t[k] for t in told])[order] for k in told[0]}
+
+    def rater(self, weights: dict[str, Tensor]):
+        """A function rows -> rewards (b,), from the weights of a finished run of a reward model on such a policy."""
+        rater = rewards.rater_of(self.policy, weights)
+        return torch.no_grad()(lambda rows: rewards.rate(rater, rows))
 
     # -- one step of the optimiser
     def schedule(self, step: int, total: int):

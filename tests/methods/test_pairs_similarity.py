@@ -301,7 +301,7 @@ def test_answers_tell_the_median_ratio_of_held_out_pairs_and_ask_for_pairs_alone
 
 
 def test_what_is_selected_is_handed_out():
-    method, _, stream = assembled("method=ches", "env=answers", "env.batch_size=0")
+    method, _, stream = assembled("method=ches", "env=answers", "env.batch_size=0", "env.limit=0")
     assert len(stream.next()["chosen"]) == round(0.05 * 512 + 0.4) == len(stream.columns["rejected_reference"])
     with pytest.raises(UserError, match="there are 26 rows to train on"):
-        assembled("method=ches", "env=answers", "env.batch_size=27")
+        assembled("method=ches", "env=answers", "env.batch_size=27", "env.limit=0")

@@ -1,0 +1,139 @@
+"""Reward models on trunks and over arms, best-of-n by a fitted one, prompts that one rewards, PPO with the KL in the reward."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from token_methods import bare
+
+from envs.pairs import decoding
+from methods.reasoning.ppo_rlhf import PPORLHF
+from methods.tokens import rewards
+from runner.errors import UserError
+
+_spec = importlib.util.spec_from_file_location("lab", Path(__file__).parents[1] / "conformance" / "lab.py")
+lab = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(lab)
+
+
+def rows_of(method, prompts, responses):
+    prompt, prompt_mask = method.encode(prompts)
+    response, mask = method.encode_responses(responses)
+    return {"prompt": prompt, "prompt_mask": prompt_mask, "response": response, "mask": mask.float()}
+
+
+def test_a_head_reads_the_hidden_state_at_the_last_token():
+    method, world, _ = lab.assembled("reward_model", env="answers")
+    torch.nn.init.normal_(method.reward_head)
+    pairs = world.task.pairs()[:5]
+    rows = rows_of(method, [p.prompt for p in pairs], [p.chosen for p in pairs])
+    rated = method.rate(rows)
+    for i in range(5):
+        ids = torch.cat([rows["prompt"][i][rows["prompt_mask"][i]], rows["response"][i][rows["mask"][i].bool()]])[None]
+        last = method.policy.hidden(ids, torch.ones_like(ids, dtype=torch.bool))[0, -1]
+        assert rated[i].item() == pytest.approx((last @ method.reward_head[0]).item(), rel=1e-4, abs=1e-5)
+    full = {**rows, "response": torch.ones_like(rows["response"]), "mask": torch.ones_like(rows["mask"])}
+    assert torch.isfinite(method.rate(full)).all()  # no place is left behind the last token
+
+
+def test_the_loss_is_the_likelihood_of_pairs_and_the_level():
+    for env in ("answers", "bandit"):
+        method, _, stream = lab.assembled("reward_model", "method.center=0.5", env=env)
+        lab.train(method, stream, 3)
+        batch = stream.next()
+        columns = {"prompt": batch["prompt"], "prompt_mask": batch["prompt_mask"]}
+        with torch.no_grad():
+            w, l = (method.rate({**columns, "response": batch[s], "mask": batch[f"{s}_mask"]}) for s in ("chosen", "rejected"))
+        expected = (-torch.nn.functional.logsigmoid(w - l) + 0.5 * (w + l).square()).mean()
+        assert (w - l).abs().max() > 1e-3
+        assert method.update(batch)["loss"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_trunk_and_the_head_learn_and_so_held_out_pairs_are_rated_right():
+    method, world, stream = lab.assembled("reward_model", "method.learning_rate=0.003", "env.batch_size=64", env="answers")
+    before = world.evaluate(method, 0)["accuracy"]
+    trunk = method.policy.model.embed_tokens.weight.detach().clone()
+    lab.train(method, stream, 40)
+    assert before == 0.5 and world.evaluate(method, 0)["accuracy"] > 0.8
+    assert not torch.equal(trunk, method.policy.model.embed_tokens.weight)
+
+
+def test_over_arms_it_is_dpo_but_for_the_level():
+    """The same loss and gradient, since normalisers cancel."""
+    ends, start = [], torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
+    for name, words in (("reward_model", ("method.center=0.0",)), ("dpo", ("method.beta=1.0",))):
+        method, world, stream = lab.assembled(name, *words, env="bandit")
+        with torch.no_grad():
+            method.policy.theta.copy_(start)
+        loss = method.update(stream.next())["loss"]
+        ends.append(torch.cat([method.policy.theta.grad.flatten(), loss[None]]))
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+    assert ends[0].abs().max() > 0.05
+    method, _, stream = lab.assembled("reward_model", "method.center=1.0", env="bandit")
+    levels = [line["level"] for line in lab.train(method, stream, 200)]
+    assert levels[-1] < 0.2
+
+
+def test_best_of_n_is_the_exact_choice_of_the_fitted_model_among_draws_of_the_start():
+    method, world, stream = lab.assembled("best_of_n", "method.n=3", env="bandit")
+    told = lab.train(method, stream, 20)
+    assert told[0]["kl_bound"] == pytest.approx(math.log(3) - 2 / 3)
+    reward, p = method.policy.theta.detach(), world.task.base.softmax(-1)
+    g = torch.Generator().manual_seed(0)
+    draws = torch.multinomial(p, 3 * 20_000, replacement=True, generator=g).view(4, 20_000, 3)
+    best = draws.gather(-1, reward.gather(1, draws.flatten(1)).view(draws.shape).argmax(-1, keepdim=True)).squeeze(-1)
+    share = torch.stack([row.bincount(minlength=5) / 20_000 for row in best])
+    torch.testing.assert_close(world.table(method).exp().detach(), share, rtol=0, atol=0.015)
+    with torch.no_grad():
+        assert world.evaluate(method, 0)["kl"] <= math.log(3) - 2 / 3
+    with pytest.raises(UserError, match="arms"):
+        lab.assembled("best_of_n", env="answers")
+
+
+def test_the_true_judge_wins_n_of_n_plus_1_draws():
+    _, world, _ = lab.assembled("dpo", "env.arms=400", "env.contexts=3", "env.best_of=4", env="bandit")
+    told = world.references(0)["best of 4"]
+    assert told["win_rate"] == pytest.approx(0.8, abs=0.01) and told["kl"] == pytest.approx(math.log(4) - 0.75, abs=0.02)
+    assert decoding.best_of(torch.tensor([[0.5, 0.5]]), torch.zeros(1, 2), 9).tolist() == [[0.5, 0.5]]
+
+
+def test_a_finished_run_of_a_reward_model_judges_prompts(tmp_path):
+    judge, world, _ = lab.assembled("reward_model", env="answers")
+    torch.nn.init.normal_(judge.reward_head)
+    save_file({k: v.contiguous().clone() for k, v in judge.state_dict().items()}, tmp_path / "weights.safetensors")
+    method, _, stream = lab.assembled("ppo_rlhf", f'env.judge_run="{tmp_path}"', env="answers")
+    batch = stream.next()
+    expected = judge.rate({k: batch[k] for k in ("prompt", "prompt_mask", "response", "mask")})
+    torch.testing.assert_close(batch["reward"], expected, rtol=1e-4, atol=1e-5)
+    assert set(batch["correct"].tolist()) <= {0.0, 1.0} and batch["reward"].std() > 0
+    with pytest.raises(UserError, match="no folder of a finished run"):
+        lab.assembled("ppo_rlhf", f'env.judge_run="{tmp_path}/none"', env="answers")
+    with pytest.raises(UserError, match="holds no reward model"):
+        rewards.rater_of(method.policy, {rewards.HEAD: torch.zeros(1, 3)})
+
+
+def test_the_reward_is_bounded_and_beta_moves_towards_its_target():
+    method = bare(PPORLHF, reward_clip=2.0, kl_target=1.0, horizon=40.0)
+    assert method.reward({"reward": torch.tensor([-5.0, 1.0, 3.0])}).tolist() == [-2, 1, 2]
+    for distance, factor in (([4.0, 2.0], 1 + 0.2 * 2 / 40), ([0.5, 0.5], 1 - 0.2 * 2 / 40), ([1.2, 1.0], 1 + 0.1 * 2 / 40)):
+        method.beta = torch.tensor(0.1)
+        method.after_update({"distance": torch.tensor(distance)})
+        assert method.beta.item() == pytest.approx(0.1 * factor)
+
+
+def test_a_batch_is_gone_through_several_times_and_told_what_it_costs():
+    counts = []
+    for passes in (1, 3):
+        method, _, stream = lab.assembled("ppo_rlhf", f"method.passes={passes}", env="countdown")
+        steps = []
+        original = method.step
+        method.step = lambda rows, batch, original=original, steps=steps: (steps.append(1), original(rows, batch))
+        told = lab.train(method, stream, 1)[0]
+        counts.append(len(steps))
+    assert counts[1] == 3 * counts[0] and told["beta"] == pytest.approx(0.1)
+    assert told["kl_of_response"] == pytest.approx(0, abs=1e-4)
