@@ -125,6 +125,7 @@ class PairWorld(PromptWorld):
     @dataclasses.dataclass(frozen=True)
     class Config(PromptWorld.Config):
         batch_size: int = knob(64, "pairs a batch; 0: all of them", low=0)
+        limit: int = knob(0, "pairs to learn from at most, the first ones; 0: all", low=0)
         judge_run: str = knob("", "folder of a finished run of method=reward_model on this env, whose ratings of sampled "
                               "responses are rewarded in the place of the true judge's")
 
@@ -169,6 +170,7 @@ class PairWorld(PromptWorld):
 
     def stored(self, method, pairs: Sequence[Pair]) -> Stored:
         """The stream of these pairs, without those whose sides are the same."""
+        pairs = pairs[:self.config.limit or None]
         if not pairs:
             raise UserError("this env has no training pairs")
         columns = encode_pairs(method, pairs)

@@ -29,6 +29,10 @@ class Scored(Stream):
         of the prompts, where they are known better than by sampling. start: weights to begin from."""
         if not rows:
             raise UserError("there are no scored responses to learn from")
+        wrong = next(((i, r) for i, (_, _, r) in enumerate(rows, 1) if not 0 <= r <= 1), None)  # NaN, too
+        if wrong:
+            raise UserError(f"row {wrong[0]} of {len(rows)} has the reward {wrong[1]}; rewards lie between 0 and 1\n"
+                            "squash them, by a sigmoid for example")
         self.method, self.rows, self.batch_size, self.judge, self.samples = method, rows, batch_size, judge, samples
         self.start, self.values, self.columns, self.batch = start or {}, values, {}, 0
         self.draws = Draws(method.seed, "cpu")

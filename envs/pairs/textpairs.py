@@ -10,7 +10,8 @@ each row a prompt with a chosen and a rejected response.
 
 A response is the last message, or what stands behind the last common "Assistant:"; everything before it is the prompt. A
 prompt of one user's message is that message, which a checkpoint's chat template then wraps; one of several is written out with
-"Human:" and "Assistant:". score_chosen and score_rejected (or chosen_score, rejected_score) are kept as rewards.
+"Human:" and "Assistant:". score_chosen and score_rejected (or chosen_score, rejected_score) are kept as rewards; a column
+probability, between 0 and 1, is that of chosen beating rejected (1 without it).
 
 What is too long: a response is cut at `response_length` tokens, as everywhere; a prompt of more tokens than the policy's
 context leaves is dropped with its pair, or, with long=cut, loses its beginning. Pairs whose sides are the same are left out. A
@@ -131,7 +132,14 @@ def pair_of(row: dict) -> Pair:
     for name, text in (("prompt", prompt), ("chosen response", chosen), ("rejected response", rejected)):
         if not text.strip():
             raise Bad(f"an empty {name}")
-    return Pair(prompt, chosen, rejected, scores=scores_of(row))
+    return Pair(prompt, chosen, rejected, probability_of(row), scores=scores_of(row))
+
+
+def probability_of(row: dict) -> float:
+    found = row.get("probability", 1.0)
+    if not isinstance(found, int | float) or not 0 <= found <= 1:
+        raise Bad(f"probability is {found!r}, not a number between 0 and 1")
+    return float(found)
 
 
 def scores_of(row: dict) -> tuple[float, float] | None:

@@ -2,8 +2,9 @@
 
 Problems are made when asked for, without a network: the package seeds each by (seed, index). Those for training and those
 held out have seeds that never meet, and a training problem whose question is among those held out is passed over for the next
-one. The prompt is the question and a newline. The response's answer is what stands between its last <answer> tags, else all
-of it; the family's own score_answer grades it, above 0.99 counts as correct, and Verdict.score keeps the grade.
+one. The prompt is the question, `ask` and a newline. The response's answer is what stands between its last <answer> tags, else
+all of it, or, with reads=last_number, the last number in it (a small model that has learned to chat answers in sentences); the
+family's own score_answer grades it, above 0.99 counts as correct, and Verdict.score keeps the grade.
 
 Some families evaluate the answer as Python. There, text that could call anything or compute without end scores 0 unread.
 
@@ -31,6 +32,7 @@ from runner.interface import Metric, knob
 END = "\x03"
 PRINTABLE = "".join(c for c in string.printable if c.isprintable()) + "\n"
 SPAN, AHEAD = 10_000_000, 1000  # seeds per seed of ours, half of them for what is held out; problems looked at for one
+NUMBERS = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 LISTS = ("binary_matrix", "n_queens", "spiral_matrix", "string_insertion")  # score_answer may evaluate a list
 FORMULAS = ("countdown", "puzzle24", "polynomial_multiplication", "simple_integration", "intermediate_integration")
 KNOWN = {"sin", "cos", "tan", "exp", "log", "sqrt", "sinh", "cosh", "tanh", "asin", "acos", "atan", "pi"}
@@ -41,17 +43,19 @@ class Gym(Task):
     eos = END
 
     def __init__(self, family: str, prompt_length: int | None = None, response_length: int | None = None,
-                 options: dict | None = None, train: int = 20_000, held_out: int = 256, scan: int = 64, seed: int = 0):
+                 options: dict | None = None, train: int = 20_000, held_out: int = 256, scan: int = 64, seed: int = 0,
+                 ask: str = "", reads: str = "whole"):
         """options: of the family's own config. Lengths that are not given are the greatest among the first `scan` problems;
         training problems that are longer are passed over, a given `prompt_length` that is below those is refused."""
         if not (1 <= train <= SPAN // 2 and 1 <= held_out <= SPAN // 2 and scan >= 1):
             raise UserError(f"reasoning_gym:{family}: train and held_out lie between 1 and {SPAN // 2}, scan is at least 1")
         self.family, self.alphabet, self.prompt_length = family, PRINTABLE + END, 0
+        self.ask, self.reads = ask and "\n" + ask, reads
         self.grader = dataset(family, options or {}, seed * SPAN, train)
         self.held = Entries(self, dataset(family, options or {}, seed * SPAN + SPAN // 2, held_out))
         self.questions: set[str] | None = None
         seen = [self.held[i] for i in range(min(scan, held_out))]
-        seen += [made(self.grader, i) for i in range(min(scan, train))]
+        seen += [self.made(self.grader, i) for i in range(min(scan, train))]
         longest = max(len(p.prompt) for p in seen)
         if prompt_length is not None and longest > prompt_length:
             raise UserError(f"reasoning_gym:{family}: a prompt has {longest} characters, but prompt_length={prompt_length}\n"
@@ -60,6 +64,11 @@ class Gym(Task):
         self.prompt_length = prompt_length or longest
         self.response_length = response_length or 1 + max(len(told(p)) for p in seen)
         self.trained = Entries(self, self.grader, self.fits)
+
+    def made(self, source, index: int) -> Problem:
+        with contextlib.redirect_stdout(io.StringIO()):  # some families print while they make a problem
+            entry = source[index]
+        return Problem(entry["question"] + self.ask + "\n", entry)
 
     def fits(self, problem) -> bool:
         if self.questions is None:
@@ -75,6 +84,8 @@ class Gym(Task):
     def verify(self, problem, response):
         text = response.removesuffix(END)
         answer = (text.rpartition("<answer>")[2].partition("</answer>")[0] if "<answer>" in text else text).strip()
+        if self.reads == "last_number":
+            answer = next(reversed(NUMBERS.findall(answer)), "")
         if not answer:
             return WRONG
         try:
@@ -124,18 +135,12 @@ class Entries(collections.abc.Sequence):
 
     def find(self, index) -> Problem:
         for ahead in range(AHEAD):
-            found = made(self.source, (index + ahead) % len(self))
+            found = self.task.made(self.source, (index + ahead) % len(self))
             if self.fits(found):
                 return found
         raise UserError(f"reasoning_gym:{self.task.family}: of {AHEAD} problems in a row each is held out or longer than "
                         f"prompt_length={self.task.prompt_length}\nhold out fewer (held_out), widen prompt_length, or make "
                         "the family's problems more various by its options")
-
-
-def made(source, index: int) -> Problem:
-    with contextlib.redirect_stdout(io.StringIO()):  # some families print while they make a problem
-        entry = source[index]
-    return Problem(entry["question"] + "\n", entry)
 
 
 def told(problem: Problem) -> str:
@@ -181,13 +186,17 @@ class GymWorld(PromptWorld):
         options: tuple[str, ...] = knob((), "of the family's own settings, each NAME:VALUE")
         prompt_length: int = knob(0, "most characters of a prompt; 0: those of the longest of the first problems", low=0)
         problems: int = knob(20000, "problems for training", low=1)
+        ask: str = knob("", "what is asked of the answer, on a line of its own behind the question")
+        reads: str = knob("whole", "what of a response is its answer: all of it (or what stands between <answer> tags), or its "
+                          "last number", choices=["whole", "last_number"])
         scored: bool = knob(False, "the family's graded score is rewarded instead of right and wrong")
 
     metrics = {**PromptWorld.metrics, "score": Metric("max", "", "mean of the family's graded score")}
 
     def make_task(self):
         c = self.config
-        return Gym(c.family, c.prompt_length or None, options=dict(map(option, c.options)), train=c.problems)
+        return Gym(c.family, c.prompt_length or None, options=dict(map(option, c.options)), train=c.problems, ask=c.ask,
+                   reads=c.reads)
 
     def reward(self, verdict):
         return (verdict.score or 0.0) if self.config.scored else verdict.correct

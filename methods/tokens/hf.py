@@ -37,6 +37,8 @@ class HF:
     def build(self, spec: Spec):
         """-> (policy, tokeniser)"""
         c = self.config
+        if spec.arms:
+            raise UserError("this env's responses are arms of a table, not texts: leave policy as it is (policy=arms)")
         policy = checkpoint.load(c.path)
         tokenizer = checkpoint.tokenizer(c.path, False, policy)
         if c.chat == "yes" or c.chat == "auto" and getattr(tokenizer.inner, "chat_template", None):

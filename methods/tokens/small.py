@@ -39,6 +39,9 @@ class Small:
         if c.width % c.heads or c.heads % (c.kv_heads or c.heads) or c.width // c.heads % 2:
             raise UserError(f"policy.width={c.width}, policy.heads={c.heads}, policy.kv_heads={c.kv_heads}: the heads must "
                             "divide the width into even parts, and kv_heads must divide the heads")
+        if spec.arms:
+            raise UserError("this env's responses are arms of a table, and its gold metrics read that table: leave policy as it "
+                            "is (policy=arms)")
         tokenizer = Characters(spec.alphabet or string.printable, spec.end or "\n")
         size = c.vocabulary or tokenizer.size
         if size < tokenizer.size:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from envs.pairs.bandit import ARM, CONTEXT, Bandit, BanditWorld
+from envs.pairs.scored import Scored
 from runner.catalogue import Catalogue
 from runner.compose import compose
 from runner.errors import UserError
@@ -94,3 +95,9 @@ def test_calibration_and_slope_of_the_exact_optimum():
     assert gold["slope"] == pytest.approx(1, abs=1e-4) and gold["calibration"] == pytest.approx(0, abs=1e-4)
     gold = world.exact((world.task.base + world.task.reward).log_softmax(-1), method)
     assert gold["slope"] == pytest.approx(0.5, abs=1e-4) and gold["calibration"] > 0.05
+
+
+@pytest.mark.parametrize("reward", [1.5, -0.1, float("nan")])
+def test_scored_rows_out_of_range_are_refused(reward):
+    with pytest.raises(UserError, match="row 2 of 2 has the reward"):
+        Scored(None, [("a", "b", 0.5), ("a", "c", reward)], 1, None, 1)

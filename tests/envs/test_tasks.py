@@ -365,3 +365,17 @@ def test_no_answer_makes_a_verifier_raise(tmp_path, capsys):
     with capsys.disabled():
         print(f"\nmangled answers: {sum(s[0] for s in counts.values())}; still read, still right:",
               ", ".join(f"{n} {s[1]}, {s[2]}" for n, s in counts.items()))
+
+
+def test_what_is_asked_and_what_is_read_of_a_sentence():
+    gym = Gym("chain_sum", options={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}, ask="The number only.",
+              reads="last_number", response_length=24)
+    problem = gym.train()[0]
+    assert problem.prompt.endswith("=\nThe number only.\n") and len(problem.prompt) <= gym.prompt_length
+    right = problem.answer["answer"]
+    for text in (right, f"7 - 1 = {right}", f"The answer is {right}.", f"<answer>so {right}</answer> 99"):
+        assert gym.verify(problem, text + gym.eos).correct == 1, text
+    for text in ("", "none", f"{right} or {int(right) + 1}", f"{right}5"):
+        assert gym.verify(problem, text + gym.eos).correct == 0, text
+    plain = Gym("chain_sum", options={"min_terms": 2, "max_terms": 2}, response_length=24)
+    assert plain.verify(plain.train()[0], f"It is {plain.train()[0].answer['answer']}" + plain.eos).correct == 0

@@ -52,7 +52,7 @@ def test_several_turns_are_written_out_and_scores_are_kept():
            "score_rejected": 2.5}
     found = pair_of(row)
     assert found.prompt == "System: Be brief.\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: A river?\n\nAssistant:"
-    assert found.scores == (8.0, 2.5)
+    assert found.scores == (8.0, 2.5) and pair_of({**row, "probability": 0.7}).label == 0.7
 
 
 @pytest.mark.parametrize(("row", "why"), [
@@ -64,6 +64,7 @@ def test_several_turns_are_written_out_and_scores_are_kept():
     ({"chosen": [said("user", "a"), said("assistant", "b")], "rejected": [said("user", "x"), said("assistant", "c")]},
      "differ before"),
     ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": "high", "score_rejected": 1}, "must be numbers"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "probability": 1.2}, "not a number between 0 and 1"),
     ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": float("nan"), "score_rejected": 1}, "not finite"),
 ])
 def test_bad_rows_say_why(row, why):

@@ -18,6 +18,7 @@ from methods.preference.modpo import MODPO
 from methods.preference.online_dpo import OnlineDPO
 from runner.catalogue import Catalogue
 from runner.compose import compose
+from runner.errors import UserError
 from runner.interface import make_config
 from runner.knobs import knobs_of
 from runner.run import assemble
@@ -211,3 +212,9 @@ def test_stored_rows_come_once_an_epoch_and_go_on_where_they_stopped():
     ahead.load_state_dict({"taken": 0})
     ahead.ready(10)  # as before a captured graph of ten updates
     assert [ahead.take()["pair"].tolist() for _ in range(7)] == seen
+
+
+@pytest.mark.parametrize("words", [["env=bandit", "policy=small"], ["env=answers", "policy=arms"]])
+def test_policies_for_other_envs_are_refused(words):
+    with pytest.raises(UserError, match="policy=small|leave policy as it is"):
+        assemble(compose(["method=dpo", *words, "logger=none", "hardware=cpu"], BOOK))

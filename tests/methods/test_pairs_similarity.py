@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 from pair_methods import TEXTS, arm_pairs, gradient, swapped, tabular, word_pairs, words
+from token_methods import assembled
 
 from methods.preference.ches import CHES, SCORES, correlation, edit_distance, ranks
 from methods.preference.dpo import DPO
@@ -277,3 +278,30 @@ def test_measuring_changes_nothing_and_happens_every_so_many_updates():
         assert {k: v for k, v in more.items() if k in plain} == plain
     measured = [line["ratio"].item() for line in courses[1]]
     assert measured[0] == measured[1] != measured[2] == measured[3] and "ratio" not in courses[0][0]
+
+
+# ---- what a world asks of it
+def test_answers_tell_the_median_ratio_of_held_out_pairs_and_ask_for_pairs_alone():
+    from envs.pairs.base import encode_pairs
+    method, world, _ = assembled("method=ches", "method.high=0.5", "env=answers", "env.alone=6", "env.preference=multi")
+    pairs = world.task.held_out_pairs()[:16]
+    batch = encode_pairs(method, pairs)
+    singles = Singles(method.policy, batch, named(method))
+    known = condition_ratio(*(singles.gradients(w) for w in by_side(torch.stack([batch["chosen_mask"], batch["rejected_mask"]]))))
+    assert world.entangled(method)["entanglement"] == pytest.approx(known.median().item(), rel=1e-3)
+    asked = []
+    method.inspect = lambda columns: asked.append(columns) or {"displaced": torch.tensor(0.5), "other": torch.tensor(1.0)}
+    told = [world.each_alone(method)]
+    method.seed = 5
+    told.append(world.each_alone(method))
+    assert told == [{"displaced": 0.5}] * 2 and all(len(a["chosen"]) == 6 for a in asked)
+    assert not torch.equal(asked[0]["prompt"], asked[1]["prompt"]), "every seed draws its own"
+    plain, world, _ = assembled("method=dpo", "env=answers", "env.alone=6", "env.preference=multi")
+    assert world.each_alone(plain) == {}, "a method without a score tells nothing"
+
+
+def test_what_is_selected_is_handed_out():
+    method, _, stream = assembled("method=ches", "env=answers", "env.batch_size=0", "env.limit=0")
+    assert len(stream.next()["chosen"]) == round(0.05 * 512 + 0.4) == len(stream.columns["rejected_reference"])
+    with pytest.raises(UserError, match="there are 26 rows to train on"):
+        assembled("method=ches", "env=answers", "env.batch_size=27", "env.limit=0")
