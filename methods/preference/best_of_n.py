@@ -14,8 +14,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import torch
-
 from methods.preference.reward_model import RewardModel
 from runner.errors import UserError
 from runner.interface import knob
@@ -34,4 +32,4 @@ class BestOfN(RewardModel):
 
     def update(self, batch):
         n = self.config.n
-        return {**super().update(batch), "kl_bound": torch.full((), math.log(n) - (n - 1) / n)}
+        return {**super().update(batch), "kl_bound": batch["label"].new_full((), math.log(n) - (n - 1) / n)}

@@ -54,6 +54,16 @@ def test_the_loss_is_the_likelihood_of_pairs_and_the_level():
         assert method.update(batch)["loss"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_rows_may_go_in_parts():
+    ends = []
+    for micro in (0, 3):
+        method, _, stream = lab.assembled("reward_model", f"method.micro_rows={micro}", env="answers")
+        lab.train(method, stream, 4)
+        ends.append(method.reward_head.detach().clone())
+    assert ends[0].abs().max() > 1e-4
+    torch.testing.assert_close(*ends, rtol=1e-2, atol=1e-5)
+
+
 def test_the_trunk_and_the_head_learn_and_so_held_out_pairs_are_rated_right():
     method, world, stream = lab.assembled("reward_model", "method.learning_rate=0.003", "env.batch_size=64", env="answers")
     before = world.evaluate(method, 0)["accuracy"]
