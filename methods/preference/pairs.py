@@ -35,6 +35,7 @@ from methods.tokens.graphed import SMALL
 from runner.interface import knob
 
 SIDES = ("chosen", "rejected")
+TIE = 1e-5  # nats: what differs by less is rounding
 AT_ONCE = 256  # rows whose reference log-probabilities are computed at once, before training
 
 
@@ -188,7 +189,7 @@ class PairPolicy(TokenMethod):
         chosen, rejected = pairs.rho.detach()
         gap = chosen - rejected
         return {"chosen": chosen.mean(), "rejected": rejected.mean(), "margin": gap.mean(), "fallen": (chosen < 0).float().mean(),
-                "accuracy": (torch.sign(gap) / 2 + 0.5).mean()}
+                "accuracy": (torch.sign(gap).where(gap.abs() > TIE, 0.0) / 2 + 0.5).mean()}
 
     def implicit_reward(self, rho: Tensor) -> Tensor:
         """What the policy's log-ratios say of rewards, up to a constant of the prompt; for worlds that know the true ones."""

@@ -14,7 +14,7 @@ from runner.catalogue import Catalogue
 ROOT = Path(__file__).resolve().parents[2]
 PLANS = claims.paths()
 EVERY = [n for n in PLANS if (ROOT / "claims" / f"{n}.json").is_file()]
-CHEAP = 60.0  # seconds of one seed's runs: only such claims are run again here
+CHEAP = 30.0  # seconds of one seed's runs: only such claims are run again here
 
 
 def test_a_plan_without_a_record_says_since_when_it_waits():

@@ -176,7 +176,7 @@ def test_modpo_of_weight_one_is_dpo():
 
 def test_the_margin_is_fitted_to_the_other_objective_s_pairs():
     """On plenty of pairs the implicit reward comes near the truth on its labels' scale."""
-    job = compose(["method=modpo", "env=fronts", "env.weights=2", "env.contexts=3", "env.arms=4", "env.pairs=20000",
+    job = compose(["method=modpo", "env=fronts", "env.weights=2", "env.contexts=3", "env.arms=4", "env.pairs=8000",
                    "env.batch_size=64", "env.base_scale=0", "logger=none", "hardware=cpu"], BOOK)
     method, world, stream = assemble(job)
     batch = {k: v[:2000] for k, v in stream.columns.items()}
