@@ -143,7 +143,9 @@ class Method(nn.Module):
         return compute()
 
     def compile_networks(self):
-        """hardware.compile: put torch.compile where it pays. By default nothing is compiled."""
+        """hardware.compile: put torch.compile where it pays. UserError where there is nothing to compile."""
+        raise UserError("hardware.compile=true compiles the blocks of a transformer, which this policy has none of\n"
+                        "leave it out: small networks are captured in CUDA graphs already (hardware.graph)")
 
     def stage(self) -> int:
         """Number of the phase that the next update belongs to, for methods whose work changes in the course of training."""

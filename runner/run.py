@@ -133,6 +133,8 @@ def _assemble(job: Job, fabric=None):
     method.planned, method.seed = job.config["loop"]["steps"], seed
     method.processes = (rank, fabric.world_size if fabric else 1)
     method.remembered = Memory(job.config["hardware"]["precision"], rank == 0)
+    if fabric is not None and job.config["hardware"]["precision"] != "32-true":
+        method.autocast = fabric.autocast  # for what a method computes before training, too
     method.to(device)
     if job.config["hardware"]["compile"]:
         method.compile_networks()

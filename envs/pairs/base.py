@@ -31,6 +31,7 @@ from runner.errors import UserError
 from runner.interface import Metric, Stream, knob
 
 SIDES = ("chosen", "rejected")
+AT_ONCE = 512  # rows that are scored at once in evaluation
 
 
 class Stored(Stream):
@@ -231,8 +232,7 @@ class PairWorld(PromptWorld):
         verdicts = [self.judge(problems[i // n], t) for i, t in enumerate(own.texts)]
         rewards = torch.tensor([v.correct if v.score is None else v.score for v in verdicts])
         rows = rows_of(own)
-        scored = method.score(rows)
-        mask = own.mask.float()
+        scored, mask = in_parts(method, rows), own.mask.float()
         out = {"reward": rewards.mean().item(), "length": mask.sum(1).mean().item(),
                "entropy": ((scored["entropy"] * mask).sum() / mask.sum()).item(),
                "format": sum(v.format for v in verdicts) / len(verdicts),
@@ -245,9 +245,9 @@ class PairWorld(PromptWorld):
             gaps = rewards.view(len(problems), n, 1) - others.view(len(problems), 1, n)
             back = rows_of(theirs)
             out |= {"win_rate": (torch.sign(gaps) / 2 + 0.5).mean().item(),
-                    "kl": total(scored, own).sub(total(reference.score(rows), own)).mean().item(),
-                    "kl_from_reference": total(reference.score(back), theirs)
-                    .sub(total(method.score(back), theirs)).mean().item()}
+                    "kl": total(scored, own).sub(total(in_parts(reference, rows), own)).mean().item(),
+                    "kl_from_reference": total(in_parts(reference, back), theirs)
+                    .sub(total(in_parts(method, back), theirs)).mean().item()}
         return out
 
     def on_pairs(self, method, reference) -> dict[str, float]:
@@ -258,7 +258,7 @@ class PairWorld(PromptWorld):
         for side in SIDES:
             rows = {"prompt": columns["prompt"], "prompt_mask": columns["prompt_mask"], "response": columns[side],
                     "mask": columns[f"{side}_mask"]}
-            change[side] = (method.score(rows)["log_prob"] - reference.score(rows)["log_prob"]).sum(1)
+            change[side] = (in_parts(method, rows)["log_prob"] - in_parts(reference, rows)["log_prob"]).sum(1)
         gap = change["chosen"] - change["rejected"]
         return {"accuracy": (torch.sign(gap) / 2 + 0.5).mean().item(), "chosen": change["chosen"].mean().item(),
                 "rejected": change["rejected"].mean().item()}
@@ -296,6 +296,13 @@ class Rows:
 
 def rows_of(out) -> dict[str, Tensor]:
     return {"prompt": out.prompt, "prompt_mask": out.prompt_mask, "response": out.response, "mask": out.mask.float()}
+
+
+def in_parts(method, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """method.score of any number of rows: held-out sets of files have thousands, of hundreds of tokens each."""
+    index = torch.arange(len(rows["response"]), device=rows["response"].device).split(AT_ONCE)
+    told = [method.score({k: v[i] for k, v in rows.items()}) for i in index]
+    return {k: torch.cat([t[k] for t in told]) for k in told[0]}
 
 
 def total(scored: dict[str, Tensor], out) -> Tensor:

@@ -228,7 +228,10 @@ class TextPairsWorld(PairWorld):
         c = self.config
         return TextPairs(c.file, c.held_out_file, c.response_length, c.skip_bad, c.share, c.most)
 
+    held: list[Pair] | None = None
+
     def stored(self, method, pairs):
+        pairs = pairs[:self.config.limit or None]
         kept, cut = self.fitting(method, pairs)
         stream = super().stored(method, kept)
         self.told |= {"bad": self.task.dropped, "too_long": len(pairs) - len(kept), "cut": cut}
@@ -259,7 +262,9 @@ class TextPairsWorld(PairWorld):
         return {k: v for k, v in told.items() if k not in ("reward", "win_rate")}  # there is no judge
 
     def judged_pairs(self, method):
-        return self.fitting(method, self.task.held_out_pairs())[0]
+        if self.held is None:  # one world serves one run: the policy's context and tokeniser stay what they are
+            self.held = self.fitting(method, self.task.held_out_pairs())[0]
+        return self.held
 
     def judged_problems(self, method):
         return [Problem(p.prompt) for p in self.judged_pairs(method)]

@@ -105,11 +105,7 @@ class GradientEntanglement(PairPolicy):
         parameters = self.optimizers["policy"].param_groups[0]["params"]
         parts = [[(j + i * number, part) for j, part in self.pieces({k: v[i * number:(i + 1) * number] for k, v in rows.items()})]
                  for i in range(len(SIDES))]
-        pieces = [piece for side in parts for piece in side]
-        with torch.no_grad():
-            seen = [self.score(part, measure, temperature, beside=beside) for _, part in pieces]
-        order = torch.cat([i for i, _ in pieces]).argsort()
-        leaves = {k: torch.cat([s[k] for s in seen])[order].requires_grad_() for k in seen[0]}
+        leaves = self._measured_parts([piece for side in parts for piece in side], measure, temperature, beside)
         value = loss(leaves)
         self.engine.backward(value)
         slopes = {k: v.grad for k, v in leaves.items() if v.grad is not None}

@@ -105,7 +105,8 @@ class PairPolicy(TokenMethod):
             rows = {"prompt": columns["prompt"], "prompt_mask": columns["prompt_mask"], "response": columns[side],
                     "mask": columns[f"{side}_mask"]}
             parts = torch.arange(len(columns[side])).split(AT_ONCE)
-            told = [self.score_reference({k: v[i] for k, v in rows.items()})["log_prob"] for i in parts]
+            with self.autocast():  # in the precision that the policy's will have
+                told = [self.score_reference({k: v[i] for k, v in rows.items()})["log_prob"] for i in parts]
             out[f"{side}_reference"] = torch.cat(told)
         return out
 

@@ -60,7 +60,9 @@ class TokenMethod(Method):
 
     def compile_networks(self):
         """The blocks of the project's own transformer, one by one: elementwise work between its products is fused."""
-        for layer in getattr(getattr(self.policy, "model", None), "layers", []):
+        if not hasattr(self.policy, "model"):
+            return super().compile_networks()
+        for layer in self.policy.model.layers:
             layer.compile()
 
     def prepare(self, data: dict[str, Tensor]):
@@ -192,6 +194,13 @@ class TokenMethod(Method):
         parts = buckets(rows["prompt_mask"].sum(1) + rows["mask"].sum(1), rows=size)
         return [(i, {k: v[i] for k, v in columns.items()}) for i in parts]
 
+    def _measured_parts(self, parts, measure, temperature: float, beside) -> dict[str, Tensor]:
+        """What `measure` tells of all rows, by parts (their numbers, their tokens): leaves for a loss's gradient."""
+        with torch.no_grad():
+            seen = [self.score(part, measure, temperature, beside=beside) for _, part in parts]
+        order = torch.cat([i for i, _ in parts]).argsort()
+        return {k: torch.cat([s[k] for s in seen])[order].requires_grad_() for k in seen[0]}
+
     def fit(self, rows: dict[str, Tensor], measure, temperature: float, loss, beside=None) -> Tensor:
         """One optimiser step on loss(measured), where measured = score(rows, measure) with gradient; returns the loss. beside: a
         policy whose logits `measure` sees, too.
@@ -211,10 +220,7 @@ class TokenMethod(Method):
             value = loss(self.score(rows, measure, temperature, trunk=trunk, beside=beside))
             self.engine.backward(value)
         else:
-            with torch.no_grad():
-                seen = [self.score(part, measure, temperature, beside=beside) for _, part in parts]
-            order = torch.cat([i for i, _ in parts]).argsort()
-            leaves = {k: torch.cat([s[k] for s in seen])[order].requires_grad_() for k in seen[0]}
+            leaves = self._measured_parts(parts, measure, temperature, beside)
             value = loss(leaves)
             self.engine.backward(value)
             gradients = {k: v.grad for k, v in leaves.items() if v.grad is not None}

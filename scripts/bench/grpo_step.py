@@ -123,21 +123,11 @@ def trl(shape: dict, steps: int, device: str) -> dict:
     """The same through TRL: a Qwen2 of this shape with random weights, its generate() of transformers."""
     import tempfile
 
+    from _qwen2 import qwen2
     from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
     from trl import GRPOConfig, GRPOTrainer
 
-    words = ["<pad>", "<eos>", "<unk>", *LETTERS]
-    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-    p = shape["policy"]
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=p["vocabulary"], hidden_size=p["width"], num_hidden_layers=p["layers"], num_attention_heads=p["heads"],
-        num_key_value_heads=p.get("kv_heads", p["heads"]), intermediate_size=p["mlp_width"],
-        tie_word_embeddings=p.get("tied", False), max_position_embeddings=2048, bos_token_id=1, eos_token_id=1, pad_token_id=0))
+    model, tokenizer = qwen2(shape["policy"], LETTERS)
     rng, rows = random.Random(0), shape["prompts"] * shape["samples"]
     texts = ["".join(rng.choices(LETTERS[:-3], k=shape["prompt"])) for _ in range(shape["prompts"] * (steps + 3))]
     settings = GRPOConfig(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pair_methods import arm_pairs, tabular
 
+import envs.pairs.base
 from envs.pairs.base import Stored
 from envs.pairs.cyclic import CyclicWorld, Game
 from envs.pairs.fronts import FrontsWorld, hypervolume
@@ -21,7 +22,7 @@ from runner.compose import compose
 from runner.errors import UserError
 from runner.interface import make_config
 from runner.knobs import knobs_of
-from runner.run import assemble
+from runner.run import assemble, make_fabric
 
 BOOK = Catalogue()
 
@@ -218,3 +219,33 @@ def test_stored_rows_come_once_an_epoch_and_go_on_where_they_stopped():
 def test_policies_for_other_envs_are_refused(words):
     with pytest.raises(UserError, match="policy=small|leave policy as it is"):
         assemble(compose(["method=dpo", *words, "logger=none", "hardware=cpu"], BOOK))
+
+
+def test_what_is_computed_before_training_has_the_run_s_precision():
+    """Under bf16 the policy at the start is its own reference in bf16, up to the order of sums, and not that in float32."""
+    words = ["method=dpo", "env=answers", "size=smoke", "hardware=cpu", "hardware.precision=bf16-mixed", "logger=none"]
+    job = compose(words, BOOK)
+    fabric = make_fabric(job.config["hardware"])
+    method, _, stream = assemble(job, fabric)
+    batch = stream.next()
+    rows = {"prompt": batch["prompt"], "prompt_mask": batch["prompt_mask"], "response": batch["chosen"],
+            "mask": batch["chosen_mask"]}
+    with torch.no_grad(), fabric.autocast():
+        half = method.score(rows)["log_prob"]
+    with torch.no_grad():
+        whole = method.score(rows)["log_prob"]
+    off = [(told - batch["chosen_reference"]).abs().mean() for told in (half, whole)]
+    assert off[1] > 1e-4 and off[0] < 0.2 * off[1], off
+
+
+def test_gold_metrics_do_not_depend_on_how_many_rows_go_at_once(monkeypatch):
+    method, world, stream = assemble(compose(["method=dpo", "env=answers", "size=smoke", "hardware=cpu", "logger=none"], BOOK))
+    method.update(stream.next())
+    at_once = world.evaluate(method, 0)
+    monkeypatch.setattr(envs.pairs.base, "AT_ONCE", 7)
+    assert world.evaluate(method, 0) == pytest.approx(at_once, rel=1e-4, abs=1e-5)
+
+
+def test_an_option_that_would_do_nothing_is_refused():
+    with pytest.raises(UserError, match="hardware.compile=true compiles"):
+        assemble(compose(["method=dpo", "env=bandit", "hardware=cpu", "hardware.compile=true", "logger=none"], BOOK))
