@@ -58,6 +58,16 @@ def test_captured_updates_equal_usual_ones(name, seeds):
         torch.testing.assert_close(graphs.method.state_dict()[key], value, rtol=1e-5, atol=1e-6, msg=lambda m: f"{key}: {m}")
 
 
+@pytest.mark.parametrize(("name", "words"), [("kto", []), ("beta_dpo", []), ("madpo", []), ("hypo", ["method.kl=exact"]),
+                                             ("simpo", []), ("f_dpo", []), ("inpo", [])])
+def test_captured_pairs_equal_usual_ones(name, words):
+    """Methods with statistics of the batch, or sums over all arms, beside the loss of each pair."""
+    usual, graphs = (train(name, "bandit", 1, graph, 63, *words) for graph in (False, True))
+    assert graphs.graphs.graphs, "nothing was captured"
+    for key, value in usual.method.state_dict().items():
+        torch.testing.assert_close(graphs.method.state_dict()[key], value, rtol=1e-4, atol=1e-5, msg=lambda m: f"{key}: {m}")
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize(("name", "env"), [("td3_bc", "pointmass_medium"), ("dpo", "bandit")])
 def test_captured_updates_keep_the_precision(name, env, precision):
