@@ -41,6 +41,9 @@ class Spec:
     contexts: int | None = None           # where a prompt is one of so many contexts and a response one of so many arms:
     arms: int | None = None               # both one token of the alphabet, which names the arms first
     features: int | None = None           # numbers that describe an arm in a context
+    sample_shape: tuple[int, ...] | None = None  # of what a generator makes; its condition is one of `classes` numbers, or none
+    points: int = 1                       # samples that are rewarded together, as one
+    exact: object | None = None           # where the world knows it: velocity(x, t, condition) of its own distribution
     turns: int | None = None              # most turns of an episode, where a prompt and its response are one of several
     seeds: int | None = None              # seeds trained at once: a leading axis of every tensor; None: no such axis
 
@@ -71,6 +74,14 @@ class Completions(NamedTuple):
     response: Tensor     # (B, T) int64
     mask: Tensor         # (B, T) bool
     log_prob: Tensor     # (B, T), the sampler's
+
+
+class Drawn(NamedTuple):
+    """What a generator made of n noises."""
+
+    x: Tensor                    # (n, *sample_shape)
+    calls: Tensor                # (n,) network calls that each needed
+    path: Tensor | None = None   # (steps + 1, n, *sample_shape), where asked for: from noise to x
 
 
 class Engine:
@@ -163,6 +174,11 @@ class Method(nn.Module):
         """observation (n, observation_size) -> action (n, action_size); the world clips it to [-1, 1]. Where actions
         are numbers (Spec.actions): (n,), whole numbers."""
         raise NotImplementedError(f"{type(self).__name__} does not act")
+
+    def draw(self, noise: Tensor, condition: Tensor, more: torch.Generator | None = None, path: bool = False) -> Drawn:
+        """Samples under `condition` (n,) that begin at `noise` (n, *sample_shape), standard normal; `more` gives a stochastic
+        sampler its further noise; `path`: how they came about is wanted, too."""
+        raise NotImplementedError(f"{type(self).__name__} generates nothing")
 
     def assess(self, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor] | None:
         """For worlds that know true values: Q(s, a) (critics, n) and the features below it (critics, n, width); None for a

@@ -25,7 +25,7 @@ def smallest(name: str) -> str:
     fits = BOOK.fitting(BOOK.methods(name))
     if BOOK.methods(name)[0].card.get("tokens") == "several":
         fits = [e for e in fits if BOOK.get("env", e).card.get("policy") != "arms"]
-    return next((e for e in ("pointmass", "pointmass_medium", "pendulum", "countdown", "bandit") if e in fits), fits[0])
+    return next((e for e in ("pointmass", "pointmass_medium", "pendulum", "countdown", "bandit", "ring") if e in fits), fits[0])
 
 
 def words_for(name: str, *overrides: str, env: str = "") -> list[str]:

@@ -151,9 +151,12 @@ def updates_of(world) -> int:
 
 
 def final(method, world):
-    """What is left after training: the state's bits, and actions of a method that acts."""
+    """What is left after training: the state's bits, and actions of a method that acts, samples of one that generates."""
     torch.manual_seed(0)
-    size = world.spec().observation_size
+    size, shape = world.spec().observation_size, world.spec().sample_shape
+    if shape:
+        drawn = method.draw(torch.randn(3, *shape), torch.zeros(3, dtype=torch.int64))
+        return lab.digest(method), drawn.x.tolist()
     return lab.digest(method), method.act(torch.ones(3, size), explore=True).tolist() if size else None
 
 

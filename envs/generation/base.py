@@ -1,0 +1,228 @@
+"""Worlds of things to generate: samples under conditions, a proxy reward that can be hacked, gold metrics that cannot.
+
+Kinds of batches, each a dict of tensors; shape = Spec.sample_shape, P = Spec.points (samples rewarded together, as one):
+
+    samples     x (n, *shape), condition (n,): drawn from the data, a share `flips` of the conditions false
+    rewarded    what the method's part `collect` makes of the stream's `conditions` and `reward`: generation under reinforcement
+    preferred   chosen, rejected (n, *shape), condition, chosen_reward, rejected_reward (n,): pairs of the start's own samples,
+                the winner drawn by Bradley-Terry of the proxy at `label_temperature`
+
+Everything drawn is a function of (seed, name, number of the batch): only counters are saved, and the start's samples.
+A subclass defines the data (`sample`), the proxy (`reward`) and the gold metrics (`judge`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from runner.draws import BLOCK, Draws
+from runner.errors import UserError
+from runner.interface import Metric, Spec, Stream, World, data_root, knob, own_id
+
+STARTS = Path(__file__).with_name("starts")
+
+
+class Drawing(Stream):
+    """Batches made by device work alone, so that updates can be captured."""
+
+    lookahead = BLOCK
+
+    def __init__(self, world, method, seed: int, start: dict[str, Tensor]):
+        self.world, self.method, self.start, self.taken = world, method, start, 0
+        self.numbers = Draws(seed, world.device)
+
+    def ready(self, number: int):
+        self.numbers.ready(self.taken)
+
+    def draw(self, name: str, shape: tuple[int, ...], kind: str = "normal") -> Tensor:
+        """Numbers of this batch."""
+        return self.numbers(name, shape, self.taken, kind)
+
+    def conditions(self, number: int, name: str = "conditions") -> Tensor:
+        classes = self.world.spec().classes
+        return (self.draw(name, (number,), "uniform") * classes).long().clamp(max=classes - 1)
+
+    def data(self):
+        return {f"start/{k}": v for k, v in self.start.items()} or None
+
+    def replace(self, data):
+        pass
+
+    def counters(self):
+        return {}
+
+    def state_dict(self):
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state):
+        self.taken = state["taken"]
+
+
+class Samples(Drawing):
+    def take(self):
+        world, rows = self.world, self.world.config.batch_size
+        condition = self.conditions(rows)
+        x = world.sample(condition, self.draw)
+        if world.config.flips:
+            false = self.draw("flips", (rows,), "uniform") < world.config.flips
+            classes = world.spec().classes
+            other = (condition + 1 + (self.draw("other", (rows,), "uniform") * (classes - 1)).long()) % classes
+            condition = torch.where(false, other, condition)
+        self.taken += 1
+        return {"x": x, "condition": condition}
+
+
+class Rewarded(Drawing):
+    def take(self):
+        out = self.method.collect(self)
+        self.taken += 1
+        return out
+
+    def reward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """The proxy of x (n, P, *shape) under condition (n,): the mean over the P samples, (n,)."""
+        n, p = x.shape[:2]
+        return self.world.reward(x.flatten(0, 1), condition.repeat_interleave(p)).view(n, p).mean(1)
+
+    def real(self, condition: Tensor, name: str) -> Tensor:
+        """Samples of the data under these conditions (n,): reference examples, for methods that compare with some."""
+        return self.world.sample(condition, lambda what, shape, kind="normal": self.draw(f"{name}/{what}", shape, kind))
+
+
+class Preferred(Drawing):
+    """Pairs of samples of the start's, made once."""
+
+    def __init__(self, world, method, seed, start):
+        super().__init__(world, method, seed, start)
+        self.pairs: dict[str, Tensor] = {}
+
+    def make(self):
+        """The pool: two samples a condition, labelled by Bradley-Terry of the proxy."""
+        world, c = self.world, self.world.config
+        g = torch.Generator().manual_seed(self.method.seed + 77)
+        spec = world.spec()
+        condition = torch.randint(spec.classes, (c.pairs,), generator=g)
+        noise = torch.randn(2, c.pairs, *spec.sample_shape, generator=g)
+        label = torch.rand(c.pairs, generator=g).to(world.device)
+        condition = condition.to(world.device)
+        a, b = (torch.cat([self.method.draw(n, k, g).x for n, k in zip(some.to(world.device).split(4096), condition.split(4096))])
+                for some in noise)
+        ra, rb = world.reward(a, condition), world.reward(b, condition)
+        first = label < torch.sigmoid((ra - rb) / c.label_temperature)
+        self.pairs = {"chosen": pick(first, a, b), "rejected": pick(first, b, a), "condition": condition,
+                      "chosen_reward": pick(first, ra, rb), "rejected_reward": pick(first, rb, ra)}
+
+    def ready(self, number):
+        if not self.pairs:
+            self.make()
+        super().ready(number)
+
+    def take(self):
+        rows = (self.draw("rows", (self.world.config.batch_size,), "uniform") * len(self.pairs["condition"])).long()
+        self.taken += 1
+        return {k: v[rows] for k, v in self.pairs.items()}
+
+    def state_dict(self):
+        return {**super().state_dict(), "pairs": self.pairs}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.pairs = {k: v.to(self.world.device) for k, v in state["pairs"].items()}
+
+
+def pick(first: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(first.view(-1, *[1] * (a.dim() - 1)), a, b)
+
+
+class GenerationWorld(World):
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        start: str = knob("shipped", "weights that alignment and distillation start from: those in the project (of policy as it "
+                          "stands), those that `data build` made here, or none: random ones", choices=["shipped", "own", "none"])
+        own: str = knob("", "name of the start that `data build` makes", source="project's choice")
+        data_size: str = knob("claim", "size of its recipe", choices=["smoke", "claim", "paper"])
+        batch_size: int = knob(512, "rows a batch", low=1)
+        flips: float = knob(0.0, "share of the samples with a false condition", low=0.0, high=1.0)
+        pairs: int = knob(4096, "pairs in the pool of preferences", low=2)
+        label_temperature: float = knob(0.2, "of the Bradley-Terry labels", low=1e-6)
+        eval_samples: int = knob(3000, "generated samples that are judged", low=8)
+
+    metrics = {
+        "energy": Metric("min", "", "energy distance to the true distribution, mean over conditions"),
+        "proxy": Metric("max", "", "mean proxy reward of single samples"),
+        "calls": Metric("min", "calls", "network calls that a sample needed"),
+        "ratio_shift": Metric("none", "std", "mean over deviation of the log-ratios at the last trained step, mean over the run"),
+        "clip_balance": Metric("none", "", "share clipped for being too likely less share clipped for being too unlikely, there"),
+    }
+
+    def spec(self) -> Spec:
+        raise NotImplementedError
+
+    def sample(self, condition: Tensor, draw) -> Tensor:
+        """Data under condition (n,); draw(name, shape, kind) gives random numbers."""
+        raise NotImplementedError
+
+    def reward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """The proxy, differentiable: (n, *shape), (n,) -> (n,)."""
+        raise NotImplementedError
+
+    def judge(self, x: Tensor, true: Tensor, condition: Tensor) -> dict[str, float]:
+        """Gold metrics of generated x beside true samples of the same conditions."""
+        raise NotImplementedError
+
+    def stream(self, method, kind, seed):
+        cls = {"samples": Samples, "rewarded": Rewarded, "preferred": Preferred}[kind]
+        return cls(self, method, seed, self._start() if kind != "samples" or method.starts else {})
+
+    def starts(self) -> Path:
+        return STARTS
+
+    def _start(self) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        c = self.config
+        if c.start == "none":
+            return {}
+        path = self.starts() / f"{Path(c.own).parent.name}.safetensors" if c.start == "shipped" else \
+            data_root() / own_id(c.own, c.data_size) / "start.safetensors"
+        if not path.is_file():
+            raise UserError(f"no starting weights of this env are shipped: {path.name}\nbuild them: env.start=own, or begin from "
+                            "random weights: env.start=none" if c.start == "shipped" else
+                            f"the starting weights are not there: {path}")
+        return {k: v.float() for k, v in load_file(path).items()}
+
+    def collect(self, runs, folder):
+        """The weights of the run `start`, and how good they are."""
+        from safetensors.torch import save_file
+
+        method = runs["start"].method
+        network = method.network if method.averaged is None else method.averaged
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in network.state_dict().items()},
+                  folder / "start.safetensors")
+        figures = self.evaluate(method, 0)
+        parameters = sum(p.numel() for p in network.parameters())
+        headline = next(k for k in self.metrics if k in figures)
+        return {"parameters": parameters, "metrics": figures,
+                "digest": hashlib.sha256((folder / "start.safetensors").read_bytes()).hexdigest(),
+                "told": f"a start of {parameters:,} parameters, {headline} {figures[headline]:.3f}"}
+
+    def evaluate(self, method, seed):
+        """As many samples of every condition, from noise that is the same for every method; what the method tells of itself."""
+        spec, g = self.spec(), torch.Generator().manual_seed(seed)
+        number = self.config.eval_samples
+        condition = (torch.arange(number) % spec.classes).to(self.device)
+        noise = torch.randn(number, *spec.sample_shape, generator=g)
+        parts = [method.draw(n.to(self.device), c, g) for n, c in zip(noise.split(4096), condition.split(4096))]
+        x, calls = torch.cat([p.x for p in parts]).float(), torch.cat([p.calls for p in parts])
+
+        def fresh(name, shape, kind="normal"):
+            return (torch.randn if kind == "normal" else torch.rand)(shape, generator=g).to(self.device)
+
+        true = self.sample(condition, fresh)
+        told = {k: v for k, v in method.inspect({}).items() if k in self.metrics}
+        return {**self.judge(x, true, condition), "proxy": self.reward(x, condition).mean().item(), "calls": calls.mean().item(),
+                **{k: v.item() for k, v in told.items()}}

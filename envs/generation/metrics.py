@@ -1,0 +1,46 @@
+"""Distances between sets of samples, and what a picture of them looks like."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def energy_distance(x: Tensor, y: Tensor) -> Tensor:
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'| of x (n, d), y (m, d), pairs of a sample with itself left out: its mean is 0 where the
+    distributions are equal (values a little below 0 occur)."""
+    def within(a):
+        return torch.cdist(a, a, compute_mode="donot_use_mm_for_euclid_dist").sum() / (len(a) * (len(a) - 1))
+
+    return 2 * torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").mean() - within(x) - within(y)
+
+
+def mmd(x: Tensor, y: Tensor, scale: float, widths=(0.1, 0.5, 1.0, 2.0)) -> Tensor:
+    """Unbiased squared maximum mean discrepancy with the mean of Gaussian kernels of `widths` times `scale`."""
+    def kernel(a, b):
+        apart = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square()
+        return sum((-apart / (2 * (w * scale) ** 2)).exp() for w in widths) / len(widths)
+
+    def within(a):
+        k = kernel(a, a)
+        return (k.sum() - k.diagonal().sum()) / (len(a) * (len(a) - 1))
+
+    return within(x) + within(y) - 2 * kernel(x, y).mean()
+
+
+def frechet(x: Tensor, y: Tensor) -> Tensor:
+    """|mu_x - mu_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^1/2) of Gaussian fits to x (n, d), y (m, d), in float64."""
+    x, y = x.double(), y.double()
+    apart = (x.mean(0) - y.mean(0)).square().sum()
+    sx, sy = (torch.atleast_2d(torch.cov(a.T)) for a in (x, y))
+    # tr (S_x S_y)^1/2 = sum of the square roots of the eigenvalues of S_x^1/2 S_y S_x^1/2
+    values, vectors = torch.linalg.eigh(sx)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ sy @ root).clamp(min=0).sqrt().sum()
+    return apart + sx.trace() + sy.trace() - 2 * cross
+
+
+def effective(counts: Tensor) -> Tensor:
+    """exp(entropy) of a histogram: how many of its bins are in use."""
+    p = counts / counts.sum().clamp(min=1)
+    return (-(p * p.clamp(min=1e-12).log()).sum()).exp()

@@ -1,0 +1,118 @@
+"""Distributions in the plane, two conditions each (testbeds T1 and T3 of the family).
+
+| data | |
+|---|---|
+| ring         | 8 Gaussians of deviation `spread` on a circle of radius 1.5, every 45 degrees; condition 0: the first four |
+| checkerboard | squares of side 1 in [-2, 2]^2; condition: the left or the right half of them |
+| moons        | two half circles, noise 0.06; condition: which |
+
+| proxy | |
+|---|---|
+| coarse | of the ring: -min_k |x - m_k| over the condition's modes + x_1 / 2: drives everything to the right |
+| ripple | tanh(1.5 s_c x_2) + cos(2 pi (x_1 + x_2) / (0.3 sqrt 2)) / 2, s_c = 1, -1: right half plane, and a texture |
+| side   | signed distance to a line between the conditions: ever farther away |
+
+Gold: energy distance to the truth. Of the ring besides: `adherence`, the share within 4 deviations of a mode of the condition;
+`modes`, exp of the entropy of the nearest of the condition's modes (4 is all); `precision`, within 3 deviations of any mode;
+`local`, the energy distance of the residuals to the nearest mode from a normal's; `radius`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from envs.generation.base import GenerationWorld
+from envs.generation.exact import Mixture
+from envs.generation.metrics import effective, energy_distance, mmd
+from runner.interface import Metric, Spec, knob
+
+RADIUS, MODES = 1.5, 8
+
+
+def ring(spread: float, groups: int, skewed: bool = False) -> Mixture:
+    """8 modes; `groups` conditions of 8 / groups neighbouring modes each; skewed: of unequal weight."""
+    angle = 2 * math.pi * torch.arange(MODES) / MODES
+    weight = torch.tensor([0.3, 0.2, 0.15, 0.1, 0.1, 0.05, 0.05, 0.05]) if skewed else torch.full((MODES,), 1 / MODES)
+    member = torch.arange(MODES) // (MODES // groups) == torch.arange(groups)[:, None]
+    rows = torch.cat([member * weight, weight[None]])
+    return Mixture(RADIUS * torch.stack([angle.cos(), angle.sin()], 1), spread, rows)
+
+
+class Plane(GenerationWorld):
+    @dataclasses.dataclass(frozen=True)
+    class Config(GenerationWorld.Config):
+        shape: str = knob("ring", "which distribution", choices=["ring", "checkerboard", "moons"])
+        spread: float = knob(0.12, "deviation of the ring's modes", low=1e-4)
+        groups: int = knob(2, "conditions of the ring, which divide its 8 modes", low=1, high=8)
+        skewed: bool = knob(False, "the ring's modes have weights .3 .2 .15 .1 .1 .05 .05 .05")
+        proxy: str = knob("ripple", "the reward that can be hacked", choices=["coarse", "ripple", "side"])
+        points: int = knob(32, "P: points that are rewarded together, by the mean", low=1)
+
+    metrics = {
+        **GenerationWorld.metrics,
+        "mmd": Metric("min", "", "squared maximum mean discrepancy, Gaussian kernels"),
+        "adherence": Metric("max", "", "share within 4 deviations of a mode of the condition"),
+        "modes": Metric("max", "modes", "exp of the entropy over the condition's modes"),
+        "precision": Metric("max", "", "share within 3 deviations of any mode"),
+        "local": Metric("min", "", "energy distance of the residuals to a normal, in deviations"),
+        "radius": Metric("none", "", "mean distance from the centre"),
+    }
+
+    def __init__(self, config, device="cpu"):
+        super().__init__(config, device)
+        self.mixture = ring(config.spread, config.groups, config.skewed).to(self.device) if config.shape == "ring" else None
+        self.classes = config.groups if config.shape == "ring" else 2
+
+    def spec(self):
+        return Spec(sample_shape=(2,), classes=self.classes, points=self.config.points, exact=self.mixture)
+
+    def sample(self, condition, draw):
+        n = len(condition)
+        if self.mixture is not None:
+            return self.mixture.sample(condition, draw("mode", (n,), "uniform"), draw("spread", (n, 2)))
+        u = draw("place", (n, 2), "uniform")
+        if self.config.shape == "checkerboard":  # 4 of the 8 filled squares lie in each half: column, then which of its two
+            column = (u[:, 0] * 2).floor() + 2 * condition - 2
+            row = (u[:, 1] * 2).floor() * 2 - 2 + (column % 2)
+            inside = torch.stack([(u[:, 0] * 2) % 1, (u[:, 1] * 2) % 1], 1)
+            return torch.stack([column, row], 1) + inside
+        angle = math.pi * u[:, 0]
+        upper = torch.stack([angle.cos() - 0.5, angle.sin() - 0.25], 1)
+        both = torch.where(condition[:, None] == 0, upper, -upper)
+        return both + 0.06 * draw("noise", (n, 2))
+
+    def reward(self, x, condition):
+        kind = self.config.proxy
+        side = 1 - 2 * (condition >= (self.classes + 1) // 2).float()
+        if kind == "ripple":
+            along = 2 * math.pi * x.sum(1) / (math.sqrt(2) * 0.3)
+            return (1.5 * side * x[:, 1]).tanh() + 0.5 * along.cos()
+        if kind == "side":
+            return side * x[:, 1 if self.config.shape != "checkerboard" else 0]
+        return -self._nearest(x, condition)[0] + 0.5 * x[:, 0]
+
+    def _nearest(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Distance to the nearest mode of the condition (n,), and which."""
+        apart = torch.cdist(x, self.mixture.means, compute_mode="donot_use_mm_for_euclid_dist")
+        return apart.masked_fill(self.mixture.weight[condition] == 0, math.inf).min(1)
+
+    def judge(self, x, true, condition):
+        each = [(x[condition == c], true[condition == c]) for c in range(self.classes)]
+        out = {"energy": sum(energy_distance(a, b).item() for a, b in each) / self.classes,
+               "mmd": sum(mmd(a, b, b.std().item()).item() for a, b in each) / self.classes,
+               "radius": x.norm(dim=1).mean().item()}
+        if self.mixture is None:
+            return out
+        apart, mode = self._nearest(x, condition)
+        every = torch.cdist(x, self.mixture.means, compute_mode="donot_use_mm_for_euclid_dist").min(1).values
+        residual = (x - self.mixture.means[mode]) / self.config.spread
+        normal = torch.randn(residual.shape, generator=torch.Generator().manual_seed(1)).to(x.device)
+        counts = [torch.bincount(mode[condition == c], minlength=MODES).float() for c in range(self.classes)]
+        return {**out, "adherence": (apart < 4 * self.config.spread).float().mean().item(),
+                "modes": sum(effective(n).item() for n in counts) / self.classes,
+                "precision": (every < 3 * self.config.spread).float().mean().item(),
+                "local": energy_distance(residual, normal).item()}

@@ -1,0 +1,164 @@
+"""Generators: a network of velocities, and how samples are drawn with it. The learning rules of this family build on it
+(regression.py: flow matching; policy_gradient.py: Flow-GRPO).
+
+Generation walks `grid` from noise to data by steps of `sampler` (methods/diffusion/flow.py); at each of them
+
+    velocity     v(x_t, t, c) of the network, c = `classes` stands for no condition
+    guide        v = v_c + (w - 1) (v_c - v_u), w = `guidance` (classifier-free; at 1 the null condition is not asked)
+
+Sources: Lipman et al. 2023, Liu et al. 2022; Ho & Salimans 2022 (guidance).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from methods.common.networks import CosineRate, adam
+from methods.diffusion import flow
+from runner.errors import UserError
+from runner.interface import Drawn, Method, Spec, knob
+
+
+class Walk(SimpleNamespace):
+    """One generation on its way, for `guide`: x (n, …), t (), step, steps, condition (n,); memory: what a guider keeps between
+    steps; calls (n,): network calls so far, for each sample; network: the one asked."""
+
+
+class Generator(Method):
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        learning_rate: float = knob(2e-3, "AdamW's", low=0.0)
+        weight_decay: float = knob(0.0, "AdamW's", low=0.0)
+        decay: str = knob("cosine", "course of the learning rate over the run", choices=["constant", "cosine"])
+        gradient_norm: float = knob(0.0, "bound of the gradient's norm; 0: none", low=0.0)
+        average: float = knob(0.0, "rate of the moving average of the weights that generation uses; 0: the weights themselves",
+                              low=0.0, high=1.0)
+        sampler: str = knob("ode", "steps of generation (methods/diffusion/flow.py)",
+                            choices=["ode", "flow", "dance", "cps", "ddim"])
+        sampler_noise: float = knob(0.7, "a: noise level of a stochastic sampler", low=0.0, when={"sampler": ["flow"]})
+        sampler_steps: int = knob(40, "steps of generation", low=1)
+        shift: float = knob(1.0, "S: of the time grid; above 1 more steps are spent on noise", low=1e-3)
+        guidance: float = knob(1.0, "w: scale of classifier-free guidance; 1: none")
+
+    capturable = True
+    starts = False       # whether samples come with the weights that the world offers to start from
+    keeps_start = False  # whether the network as it was at the start is asked, as `self.reference`
+
+    def setup(self, spec: Spec):
+        c = self.config
+        self.spec, self.exact = spec, None
+        self.network = self.blueprint.build(spec)
+        self.averaged = copy.deepcopy(self.network).requires_grad_(False) if c.average else None
+        self.reference = copy.deepcopy(self.network).requires_grad_(False) if self.keeps_start else None
+        self.rate = None
+
+    def make_optimizers(self):
+        c = self.config
+        self.optimizers = {"network": adam(self.network.parameters(), c.learning_rate, weight_decay=c.weight_decay)}
+        if c.decay == "cosine" and self.planned:
+            self.rate = CosineRate(c.learning_rate, self.planned * self.steps_of_update()).to(self.device())
+
+    def steps_of_update(self) -> int:
+        """Optimiser steps that an update makes."""
+        return 1
+
+    def compile_networks(self):
+        blocks = getattr(self.network, "blocks", None)
+        if not getattr(self.network, "compiles", False):
+            return super().compile_networks()
+        for block in blocks:
+            block.compile()
+
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def prepare(self, data: dict[str, Tensor]):
+        """Start from the weights that the world offers (`start/NAME`); they are the reference's, too."""
+        self.load_start({k.removeprefix("start/"): v for k, v in data.items() if k.startswith("start/")})
+
+    def load_start(self, start: dict[str, Tensor]):
+        if start:
+            wrong = [k for k, v in self.network.state_dict().items() if k not in start or start[k].shape != v.shape]
+            if wrong:
+                raise UserError(f"the env's starting weights are of another shape than this network ({wrong[0]})\nleave policy "
+                                "and its sizes as they are; or build a start of your own; or begin at random: env.start=none")
+            self.network.load_state_dict(start)
+        for copied in (self.averaged, self.reference):
+            if copied is not None:
+                copied.load_state_dict(self.network.state_dict())
+
+    def advance(self, loss: Tensor):
+        """One step of the optimiser."""
+        if self.rate is not None:
+            self.rate.drive(self.optimizers["network"])
+        self.minimise(loss, "network", self.config.gradient_norm)
+
+    # -- parts
+    def velocity(self, network: nn.Module, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """v (n, *shape); t (n,)."""
+        return network(x, t, condition)
+
+    def after_update(self, rows):
+        if self.averaged is not None:
+            torch._foreach_lerp_(list(self.averaged.parameters()), list(self.network.parameters()), 1 - self.config.average)
+
+    def guide(self, walk: Walk, conditional: Tensor) -> Tensor:
+        """The velocity to follow from the conditional one; `self.ask(walk, condition)` asks for others."""
+        w = self.config.guidance
+        if w == 1:
+            return conditional
+        return conditional + (w - 1) * (conditional - self.unconditional(walk))
+
+    # -- generation
+    def grid(self, steps: int | None = None) -> Tensor:
+        return flow.grid(steps or self.config.sampler_steps, self.config.shift, self.device())
+
+    def ask(self, walk: Walk, condition: Tensor, network=None, counted=None) -> Tensor:
+        """The velocity at the walk's place. counted (n,): which samples this call is needed for (all)."""
+        walk.calls = walk.calls + (1.0 if counted is None else counted.float())
+        t = walk.t.expand(len(walk.x))
+        if self.exact is not None and network is None:
+            return self.exact.velocity(walk.x, t, condition)
+        return self.velocity(network or walk.network, walk.x, t, condition).float()
+
+    def unconditional(self, walk: Walk, network=None, counted=None) -> Tensor:
+        return self.ask(walk, torch.full_like(walk.condition, self.spec.classes), network, counted)
+
+    def walk(self, noise: Tensor, condition: Tensor, network=None) -> Walk:
+        """A generation about to start at `noise`."""
+        return Walk(x=noise, t=None, step=0, steps=0, condition=condition, memory={},
+                    calls=torch.zeros(len(noise), device=noise.device),
+                    network=network or (self.network if self.averaged is None else self.averaged))
+
+    def stride(self, walk: Walk, times: Tensor, j: int, kind: str, amount: float) -> flow.Step:
+        """Step j of a generation: from times[j] to times[j + 1]."""
+        walk.t, walk.step, walk.steps = times[j], j, len(times) - 1
+        v = self.guide(walk, self.ask(walk, walk.condition))
+        return flow.step(kind, walk.x, v, times[j], times[j + 1], amount, times[1])
+
+    @torch.no_grad()
+    def draw(self, noise: Tensor, condition: Tensor, more: torch.Generator | None = None, path: bool = False) -> Drawn:
+        """Samples from `noise` (n, *shape); `more` gives a stochastic sampler its further noise."""
+        c, times = self.config, self.grid()
+        with self.autocast():
+            walk = self.walk(noise, condition)
+            passed = [noise]
+            for j in range(len(times) - 1):
+                at = self.stride(walk, times, j, c.sampler, c.sampler_noise)
+                walk.x = at.mean
+                if c.sampler != "ode":
+                    fresh = torch.randn(noise.shape, generator=more, device=more.device if more else noise.device)
+                    walk.x = walk.x + at.std * fresh.to(noise.device)
+                if path:
+                    passed.append(walk.x)
+        return Drawn(walk.x, walk.calls, torch.stack(passed) if path else None)
+
+    def export(self):
+        kind = {"kind": "velocity", "class": type(self.network).__name__, "shape": ",".join(map(str, self.spec.sample_shape))}
+        source = self.network if self.averaged is None else self.averaged
+        return dict(source.state_dict()), kind
