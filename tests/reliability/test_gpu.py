@@ -59,7 +59,7 @@ def test_captured_updates_equal_usual_ones(name, seeds):
 
 
 @pytest.mark.parametrize(("name", "words"), [("kto", []), ("beta_dpo", []), ("madpo", []), ("hypo", ["method.kl=exact"]),
-                                             ("simpo", []), ("f_dpo", []), ("inpo", [])])
+                                             ("simpo", []), ("f_dpo", [])])
 def test_captured_pairs_equal_usual_ones(name, words):
     """Methods with statistics of the batch, or sums over all arms, beside the loss of each pair."""
     usual, graphs = (train(name, "bandit", 1, graph, 63, *words) for graph in (False, True))
