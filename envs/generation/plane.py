@@ -49,6 +49,8 @@ class Plane(GenerationWorld):
         spread: float = knob(0.12, "deviation of the ring's modes", low=1e-4)
         groups: int = knob(2, "conditions of the ring, which divide its 8 modes", low=1, high=8)
         skewed: bool = knob(False, "the ring's modes have weights .3 .2 .15 .1 .1 .05 .05 .05")
+        tilt: float = knob(0.0, "lambda: the ring is tilted by exp(lambda x_1), while the exact velocity that methods may ask "
+                           "for stays that of the ring")
         proxy: str = knob("ripple", "the reward that can be hacked", choices=["coarse", "ripple", "side"])
         points: int = knob(32, "P: points that are rewarded together, by the mean", low=1)
 
@@ -64,11 +66,15 @@ class Plane(GenerationWorld):
 
     def __init__(self, config, device="cpu"):
         super().__init__(config, device)
-        self.mixture = ring(config.spread, config.groups, config.skewed).to(self.device) if config.shape == "ring" else None
+        self.mixture = self.plain = None
+        if config.shape == "ring":
+            self.mixture = self.plain = ring(config.spread, config.groups, config.skewed).to(self.device)
+            if config.tilt:
+                self.mixture = self.plain.tilted(torch.tensor([config.tilt, 0.0], device=self.device), 1.0)
         self.classes = config.groups if config.shape == "ring" else 2
 
     def spec(self):
-        return Spec(sample_shape=(2,), classes=self.classes, points=self.config.points, exact=self.mixture)
+        return Spec(sample_shape=(2,), classes=self.classes, points=self.config.points, exact=self.plain)
 
     def sample(self, condition, draw):
         n = len(condition)

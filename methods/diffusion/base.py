@@ -5,6 +5,7 @@ Generation walks `grid` from noise to data by steps of `sampler` (methods/diffus
 
     velocity     v(x_t, t, c) of the network, c = `classes` stands for no condition
     guide        v = v_c + (w - 1) (v_c - v_u), w = `guidance` (classifier-free; at 1 the null condition is not asked)
+    follow       what generation goes by: the guided velocity
 
 Sources: Lipman et al. 2023, Liu et al. 2022; Ho & Salimans 2022 (guidance).
 """
@@ -114,6 +115,10 @@ class Generator(Method):
             return conditional
         return conditional + (w - 1) * (conditional - self.unconditional(walk))
 
+    def follow(self, walk: Walk) -> Tensor:
+        """The velocity (n, …) of generation's next step; rollouts of reinforcement go by `guide` alone."""
+        return self.guide(walk, self.ask(walk, walk.condition))
+
     # -- generation
     def grid(self, steps: int | None = None) -> Tensor:
         return flow.grid(steps or self.config.sampler_steps, self.config.shift, self.device())
@@ -138,8 +143,7 @@ class Generator(Method):
     def stride(self, walk: Walk, times: Tensor, j: int, kind: str, amount: float) -> flow.Step:
         """Step j of a generation: from times[j] to times[j + 1]."""
         walk.t, walk.step, walk.steps = times[j], j, len(times) - 1
-        v = self.guide(walk, self.ask(walk, walk.condition))
-        return flow.step(kind, walk.x, v, times[j], times[j + 1], amount, times[1])
+        return flow.step(kind, walk.x, self.follow(walk), times[j], times[j + 1], amount, times[1])
 
     @torch.no_grad()
     def draw(self, noise: Tensor, condition: Tensor, more: torch.Generator | None = None, path: bool = False) -> Drawn:

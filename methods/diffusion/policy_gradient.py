@@ -6,7 +6,8 @@ times in `minibatches` steps of the optimiser. A sample is what is rewarded as o
 numbers in all.
 
      1. collect      Q = `prompts` conditions, G = `samples` rollouts each of `steps` steps, stochastic and trained in a window
-                     (all but the last where window = 0); x_j, log p_old and mu_old of the trained steps are kept
+                     (all but the last where window = 0); x_j, log p_old and mu_old of the trained steps are kept.
+                     `initial` draws where they begin
      2. reward       R_i of the finished sample, (N,); the world's proxy                                       (additive)
      3. advantage    A_i = (R_i - mean_g R) / (std + 1e-4), std of the group or the batch, cut to [-5, 5]; one for all steps
      4. transition   the Gaussian step (methods/diffusion/flow.py)
@@ -16,7 +17,7 @@ numbers in all.
      8. step_weight  of each step's loss, (steps,); 1
      9. penalty      kl_weight times the KL to the generator as it was at the start                            (additive)
     10. after_update the moving average of the weights                                                         (additive)
-    11. velocity, guide   as in generation; guidance acts in rollouts and in training
+    11. velocity, guide   as in generation; guidance acts in rollouts and in training. `follow` acts in generation alone
 
 The loss is the mean over steps and samples, as gradient accumulation gives it in the official code. kl_kind, with mu, s of a
 step:
@@ -71,8 +72,8 @@ class FlowPolicy(Generator):
         kl_weight: float = knob(0.0, "beta: of the KL to the generator as it was at the start", low=0.0)
         kl_kind: str = knob("step", "which distance", choices=["step", "flowgrpo", "x", "v"], when={"kl_weight": 10.0})
 
-    PARTS = ("collect", "reward", "advantage", "transition", "log_prob", "log_ratio", "surrogate", "step_weight", "penalty",
-             "after_update", "velocity", "guide")
+    PARTS = ("collect", "initial", "reward", "advantage", "transition", "log_prob", "log_ratio", "surrogate", "step_weight",
+             "penalty", "after_update", "velocity", "guide", "follow")
     ADDITIVE = ("reward", "penalty", "after_update")
     starts = True
     keeps_mean = False  # whether `log_ratio` needs the means of the policy that sampled
@@ -106,7 +107,7 @@ class FlowPolicy(Generator):
         n, shape, trained = len(condition), self.spec.sample_shape, self.trained()
         times = self.grid(c.steps)
         with self.autocast():
-            walk = self.walk(self.noise("start", (n, p, *shape)).flatten(0, 1), condition.repeat_interleave(p), self.network)
+            walk = self.walk(self.initial(n, p).flatten(0, 1), condition.repeat_interleave(p), self.network)
             passed, log_prob, mean = [walk.x], [], []
             for j in range(c.steps):
                 moves = j in trained or not c.window
@@ -193,6 +194,10 @@ class FlowPolicy(Generator):
         return {"ratio_shift": self.shift_sum / seen, "clip_balance": self.balance_sum / seen}
 
     # -- parts
+    def initial(self, number: int, points: int) -> Tensor:
+        """Where `number` rollouts of `points` things each begin, (N, P, …)."""
+        return self.noise("start", (number, points, *self.spec.sample_shape))
+
     def reward(self, stream, x: Tensor, condition: Tensor) -> Tensor:
         """x (N, P, …) finished."""
         return stream.reward(x, condition)

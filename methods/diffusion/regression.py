@@ -9,7 +9,7 @@ One update on samples x0 (n, *shape) with conditions c (n,), by its parts (metho
     5. loss          mean_i m_i
     6. penalty       scalar beside the loss; none here                              (additive)
     7. after_update  the moving average of the weights, which generation uses       (additive)
-    8. guide         of generation (methods/diffusion/base.py)
+    8. guide, follow of generation (methods/diffusion/base.py)
 
 `model=exact` puts the world's own velocity, where it knows one, in the network's place: then nothing is trained, and what is
 compared is guidance alone.
@@ -38,7 +38,7 @@ class Regression(Generator):
         model: str = knob("trained", "the network, or the world's exact velocity, with which nothing is trained",
                           choices=["trained", "exact"])
 
-    PARTS = ("times", "corrupt", "velocity", "error", "loss", "penalty", "after_update", "guide")
+    PARTS = ("times", "corrupt", "velocity", "error", "loss", "penalty", "after_update", "guide", "follow")
     ADDITIVE = ("penalty", "after_update")
 
     def setup(self, spec: Spec):
@@ -53,17 +53,22 @@ class Regression(Generator):
         """batch: x (n, *shape), condition (n,) int64."""
         if self.exact is not None:
             return {"loss": torch.zeros((), device=self.device())}
-        rows = SimpleNamespace(**batch, told={})
-        rows.t = self.times(len(rows.x))
-        rows.noise = self.noise("noise", tuple(rows.x.shape))
+        rows = self.gather(batch)
         rows.x_t, rows.target = self.corrupt(rows.x, rows.noise, rows.t)
-        rows.v = self.velocity(self.network, rows.x_t, rows.t, self.dropped(rows.condition))
+        rows.v = self.velocity(self.network, rows.x_t, rows.t, rows.condition)
         rows.error = self.error(rows)
         loss = self.loss(rows)
         penalty = self.penalty(rows)
         self.advance(loss if penalty is None else loss + penalty)
         self.after_update(rows)
         return {"loss": loss.detach(), **rows.told}
+
+    def gather(self, batch) -> SimpleNamespace:
+        """The rows that go through the network: x, noise (n, *shape), t, condition (n,); told: metrics, to which parts add."""
+        rows = SimpleNamespace(**batch, told={})
+        rows.t, rows.noise = self.times(len(rows.x)), self.noise("noise", tuple(rows.x.shape))
+        rows.condition = self.dropped(rows.condition)
+        return rows
 
     def dropped(self, condition: Tensor) -> Tensor:
         """The condition, left out at random."""

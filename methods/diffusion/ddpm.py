@@ -1,0 +1,68 @@
+"""DDPM (Ho et al. 2020, arXiv 2006.11239), generated from by DDIM's steps (Song et al. 2020, arXiv 2010.02502).
+
+    x_k = sqrt(ab_k) x0 + sqrt(1 - ab_k) e,   ab_k = prod_{l <= k} (1 - b_l),   b linear from 1e-4 to 0.02, k = 0 … K - 1
+    L = E || e_theta(x_k, k, c) - e ||^2 / D,  k uniform
+
+A rectified flow in other clothes (methods/diffusion/flow.py): t = s / (1 + s) with s = sqrt((1 - ab) / ab), and x_t = x_k
+sqrt((1-t)^2 + t^2). Parts that differ: `times` are those of the K steps, `velocity` gives the network x_k and k / K, and turns
+the noise that it predicts into a velocity; `error` is that of the noise, (1 - t)^2 times the velocity's. Generation begins at
+the last step, where a hundredth of the data is left (ab = 4e-5), instead of t = 1; sampler=ddim with sampler_noise=1 is DDPM's
+ancestral sampling (posterior variance), on `sampler_steps` of the K steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from methods.diffusion import flow
+from methods.diffusion.regression import Regression
+from runner.interface import Spec, knob
+
+
+class DDPM(Regression):
+    @dataclasses.dataclass(frozen=True)
+    class Config(Regression.Config):
+        process: str = knob("ddpm", "noise prediction on the steps of a schedule, or flow matching", choices=["ddpm", "flow"])
+        times: str = knob("logit_normal", "how t is drawn", choices=["logit_normal", "uniform"], when={"process": ["flow"]})
+        shift: float = knob(1.0, "S: of the time grid; above 1 more steps are spent on noise", low=1e-3,
+                            when={"process": ["flow"]})
+        schedule_steps: int = knob(1000, "K", low=2, source="paper")
+        sampler: str = knob("ddim", "steps of generation (methods/diffusion/flow.py)",
+                            choices=["ode", "flow", "dance", "cps", "ddim"])
+        sampler_noise: float = knob(1.0, "eta: noise level of a stochastic sampler", low=0.0, source="paper")
+
+    def setup(self, spec: Spec):
+        super().setup(spec)
+        beta = torch.linspace(1e-4, 0.02, self.config.schedule_steps, dtype=torch.float64)
+        kept = (1 - beta).cumprod(0)
+        noise = ((1 - kept) / kept).sqrt()
+        self.register_buffer("table", (noise / (1 + noise)).float(), persistent=False)  # t of every step, rising
+
+    def times(self, number: int) -> Tensor:
+        if self.config.process == "flow":
+            return super().times(number)
+        k = (self.noise("times", (number,), "uniform") * len(self.table)).long()
+        return self.table[k]
+
+    def velocity(self, network, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        if self.config.process == "flow":
+            return super().velocity(network, x, t, condition)
+        place = torch.searchsorted(self.table, t.contiguous()).float() / len(self.table)
+        at = flow.rows(t, x)
+        noise = network(x / ((1 - at).square() + at.square()).sqrt(), place, condition)
+        return (noise - x) / (1 - at)
+
+    def error(self, rows) -> Tensor:
+        if self.config.process == "flow":
+            return super().error(rows)
+        return super().error(rows) * (1 - rows.t).square()
+
+    def grid(self, steps: int | None = None) -> Tensor:
+        if self.config.process == "flow":
+            return super().grid(steps)
+        steps = min(steps or self.config.sampler_steps, len(self.table))
+        k = torch.linspace(len(self.table) - 1, 0, steps, device=self.table.device).round().long()
+        return torch.cat([self.table[k], self.table.new_zeros(1)])
