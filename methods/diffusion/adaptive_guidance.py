@@ -88,7 +88,9 @@ class AdaptiveGuidance(CFG):
             past = walk.memory["past"]
             if self._replaced(walk):
                 known = torch.stack([v.flatten() for v in [*before, past[-2]]], 1).double()
-                out[j] = torch.linalg.lstsq(known, past[-1].flatten().double()[:, None]).solution.squeeze(1).float()
+                products = known.T @ known  # with a trace of ridge, since what is regressed on is nearly collinear
+                ridge = 1e-9 * products.diagonal().mean() * torch.eye(len(products), dtype=torch.float64, device=device)
+                out[j] = torch.linalg.solve(products + ridge, known.T @ past[-1].flatten().double()).float()
                 past.pop()  # in use it is not asked for
             walk.x = at.mean
         return out

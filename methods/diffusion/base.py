@@ -93,6 +93,13 @@ class Generator(Method):
             if copied is not None:
                 copied.load_state_dict(self.network.state_dict())
 
+    def use_exact(self):
+        """Put the world's exact velocity in the network's place (method.model=exact)."""
+        if self.spec.exact is None:
+            raise UserError("method.model=exact: this env knows no exact velocity\nenvs of mixtures do, such as ring; "
+                            "or train the network: method.model=trained")
+        self.exact = self.spec.exact
+
     def advance(self, loss: Tensor):
         """One step of the optimiser."""
         if self.rate is not None:

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from methods.diffusion.regression import Regression
+from methods.diffusion.flow_matching import FlowMatching
 from runner.interface import knob
 
 
-class CFG(Regression):
+class CFG(FlowMatching):
     @dataclasses.dataclass(frozen=True)
-    class Config(Regression.Config):
+    class Config(FlowMatching.Config):
         guidance: float = knob(3.0, "w: scale of classifier-free guidance; 1: none")

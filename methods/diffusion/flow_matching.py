@@ -3,15 +3,36 @@ velocity of straight lines from data to noise,
 
     L = E || v(x_t, t, c) - (e - x0) ||^2 / D,   x_t = (1 - t) x0 + t e,
 
-and follows it back from noise. This is the family's base as it stands (methods/diffusion/regression.py): t is a sigmoid of a
-normal, as in Stable Diffusion 3 (Esser et al. 2024), and the condition is left out in a tenth of the rows, so that guidance can
-be had.
+and follows it back from noise. This is the family's regression as it stands (methods/diffusion/regression.py): t is a sigmoid of
+a normal, as in Stable Diffusion 3 (Esser et al. 2024), and the condition is left out in a tenth of the rows, so that guidance
+can be had.
+
+`model=exact` puts the world's own velocity, where it knows one, in the network's place: then nothing is trained, and what is
+compared is guidance alone.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
+import torch
+
 from methods.diffusion.regression import Regression
+from runner.interface import Spec, knob
 
 
 class FlowMatching(Regression):
-    pass
+    @dataclasses.dataclass(frozen=True)
+    class Config(Regression.Config):
+        model: str = knob("trained", "the network, or the world's exact velocity, with which nothing is trained",
+                          choices=["trained", "exact"])
+
+    def setup(self, spec: Spec):
+        super().setup(spec)
+        if self.config.model == "exact":
+            self.use_exact()
+
+    def update(self, batch):
+        if self.exact is not None:
+            return {"loss": torch.zeros((), device=self.device())}
+        return super().update(batch)

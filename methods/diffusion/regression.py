@@ -11,8 +11,6 @@ One update on samples x0 (n, *shape) with conditions c (n,), by its parts (metho
     7. after_update  the moving average of the weights, which generation uses       (additive)
     8. guide, follow of generation (methods/diffusion/base.py)
 
-`model=exact` puts the world's own velocity, where it knows one, in the network's place: then nothing is trained, and what is
-compared is guidance alone.
 Sources: Lipman et al. 2023, Liu et al. 2022; Esser et al. 2024 (logit-normal times).
 """
 
@@ -26,8 +24,7 @@ from torch import Tensor
 
 from methods.diffusion import flow
 from methods.diffusion.base import Generator
-from runner.errors import UserError
-from runner.interface import Spec, knob
+from runner.interface import knob
 
 
 class Regression(Generator):
@@ -35,24 +32,12 @@ class Regression(Generator):
     class Config(Generator.Config):
         label_dropout: float = knob(0.1, "probability with which the condition is left out in training", low=0.0, high=1.0)
         times: str = knob("logit_normal", "how t is drawn", choices=["logit_normal", "uniform"])
-        model: str = knob("trained", "the network, or the world's exact velocity, with which nothing is trained",
-                          choices=["trained", "exact"])
 
     PARTS = ("times", "corrupt", "velocity", "error", "loss", "penalty", "after_update", "guide", "follow")
     ADDITIVE = ("penalty", "after_update")
 
-    def setup(self, spec: Spec):
-        super().setup(spec)
-        if self.config.model == "exact":
-            if spec.exact is None:
-                raise UserError("method.model=exact: this env knows no exact velocity\nenvs of mixtures do, such as ring; "
-                                "or train the network: method.model=trained")
-            self.exact = spec.exact
-
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch: x (n, *shape), condition (n,) int64."""
-        if self.exact is not None:
-            return {"loss": torch.zeros((), device=self.device())}
         rows = self.gather(batch)
         rows.x_t, rows.target = self.corrupt(rows.x, rows.noise, rows.t)
         rows.v = self.velocity(self.network, rows.x_t, rows.t, rows.condition)

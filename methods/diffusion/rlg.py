@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from methods.diffusion.policy_gradient import FlowPolicy
-from runner.errors import UserError
 from runner.interface import Spec, knob
 
 
@@ -37,10 +36,7 @@ class RLG(FlowPolicy):
     def setup(self, spec: Spec):
         super().setup(spec)
         if self.config.model == "exact":
-            if spec.exact is None:
-                raise UserError("method.model=exact: this env knows no exact velocity\nenvs of mixtures do, such as ring; "
-                                "or train the network: method.model=trained")
-            self.exact = spec.exact
+            self.use_exact()
             direction = torch.zeros_like(spec.exact.means[0])
             direction[0] = 1.0
             self.tilted = spec.exact.tilted(direction, 1.0)
