@@ -156,6 +156,7 @@ class GenerationWorld(World):
         "proxy": Metric("max", "", "mean proxy reward of single samples"),
         "calls": Metric("min", "calls", "network calls that a sample needed"),
         "ratio_shift": Metric("none", "std", "mean over deviation of the log-ratios at the last trained step, mean over the run"),
+        "ratio_bias": Metric("min", "std", "its absolute value"),
         "clip_balance": Metric("none", "", "share clipped for being too likely less share clipped for being too unlikely, there"),
     }
 

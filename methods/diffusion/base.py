@@ -100,10 +100,14 @@ class Generator(Method):
                             "or train the network: method.model=trained")
         self.exact = self.spec.exact
 
-    def advance(self, loss: Tensor):
-        """One step of the optimiser."""
+    def advance(self, loss: Tensor, scale: Tensor | None = None):
+        """One step of the optimiser; scale (): of its learning rate."""
+        optimizer = self.optimizers["network"]
         if self.rate is not None:
-            self.rate.drive(self.optimizers["network"])
+            self.rate.drive(optimizer)
+        if scale is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = scale * (self.config.learning_rate if self.rate is None else self.rate.rate)
         self.minimise(loss, "network", self.config.gradient_norm)
 
     # -- parts

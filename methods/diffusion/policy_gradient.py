@@ -69,6 +69,7 @@ class FlowPolicy(Generator):
         passes: int = knob(4, "over a batch", low=1)
         clip: float = knob(1e-2, "eps: of the ratio", low=0.0)
         scale: str = knob("group", "deviation that advantages are divided by", choices=["group", "batch"])
+        stop_at: float | None = knob(None, "mean reward of a batch from which on the weights stay as they are (early stopping)")
         kl_weight: float = knob(0.0, "beta: of the KL to the generator as it was at the start", low=0.0)
         kl_kind: str = knob("step", "which distance", choices=["step", "flowgrpo", "x", "v"], when={"kl_weight": 10.0})
 
@@ -86,6 +87,7 @@ class FlowPolicy(Generator):
         super().setup(spec)
         for name in ("shift_sum", "balance_sum", "seen"):  # of the log-ratios at the last trained step, over the run
             self.register_buffer(name, torch.zeros(()))
+        self.register_buffer("going", torch.ones(()))  # 0 once `stop_at` was reached
 
     def steps_of_update(self):
         return self.config.minibatches * self.config.passes
@@ -134,6 +136,8 @@ class FlowPolicy(Generator):
         """batch: what `collect` made."""
         c = self.config
         batch = {**batch, "advantage": self.advantage(batch)}
+        if c.stop_at is not None:
+            self.going *= (batch["reward"].mean() < c.stop_at).float()
         told = []
         for number in range(c.passes):
             order = self.noise(f"order{number}", (len(batch["reward"]),), "uniform").argsort()
@@ -163,7 +167,7 @@ class FlowPolicy(Generator):
         log_ratio = self.log_ratio(rows)
         each = self.surrogate(log_ratio, rows) * self.step_weight(rows)[:, None]
         loss, penalty = each.mean(), self.penalty(rows)
-        self.advance(loss if penalty is None else loss + penalty)
+        self.advance(loss if penalty is None else loss + penalty, None if self.config.stop_at is None else self.going)
         self.after_update(rows)
         told = {"loss": loss.detach(), **self.tell(log_ratio.detach(), rows)}
         return told if penalty is None else {**told, "penalty": penalty.detach()}
@@ -191,7 +195,7 @@ class FlowPolicy(Generator):
 
     def inspect(self, batch):
         seen = self.seen.clamp(min=1)
-        return {"ratio_shift": self.shift_sum / seen, "clip_balance": self.balance_sum / seen}
+        return {"ratio_shift": self.shift_sum / seen, "ratio_bias": (self.shift_sum / seen).abs(), "clip_balance": self.balance_sum / seen}
 
     # -- parts
     def initial(self, number: int, points: int) -> Tensor:

@@ -170,7 +170,7 @@ def moved(method, size=0.3):
         return type(method).step_weight(method, rows)
 
     method.step_weight = look
-    method.advance = lambda loss: kept.update(loss=loss)
+    method.advance = lambda loss, scale: kept.update(loss=loss)
     method.learn(batch, torch.arange(len(batch["reward"])))
     return kept["rows"]
 
@@ -214,7 +214,7 @@ def test_guard_trains_the_velocity_alike_at_every_step():
         batch = method.collect(Line())
         batch["advantage"] = torch.ones(16)
         kept = {}
-        method.advance = lambda loss: kept.update(loss=loss)
+        method.advance = lambda loss, scale: kept.update(loss=loss)
         predict = type(method).predict
 
         def watched(rows, network):
@@ -262,6 +262,18 @@ def test_kinds_of_kl():
     assert values["flowgrpo"] == pytest.approx(values["step"] * h, rel=1e-4)
     assert values["x"] == pytest.approx(values["step"] * 2 * s ** 2, rel=1e-4)
     assert values["v"] == pytest.approx(values["x"] / (k * h) ** 2, rel=1e-4)
+
+
+def test_training_ends_at_the_reward_asked_for():
+    method = policy(FlowGRPO, prompts=4, clip=0.05, passes=2, stop_at=0.3)
+    told = []
+    for _ in range(14):
+        before = [p.clone() for p in method.network.parameters()]
+        told.append(method.update(method.collect(Line()))["reward"].item())
+        method.updates += 1
+        same = all(torch.equal(a, b) for a, b in zip(before, method.network.parameters()))
+        assert same == (max(told) >= 0.3)
+    assert told[0] < 0.3 <= max(told)
 
 
 def test_all_equal_rewards_give_no_nan():

@@ -36,8 +36,16 @@ def train(name, env, seeds, graph, steps, *words):
 
 
 def logged(names) -> list[str]:
-    """The methods that learn from stored rows or segments, with or without playing besides."""
-    return [n for n in names if {"offline", "mixed", "preferences"} & set(BOOK.get("method", n).needs)]
+    """The methods that learn from stored rows or segments, with or without playing besides; those that generate."""
+    kinds = {"offline", "mixed", "preferences", "samples", "rewarded", "preferred"}
+    return [n for n in names if kinds & set(BOOK.get("method", n).needs)]
+
+
+def stacks(name) -> bool:
+    """Whether several seeds can be trained at once; one seed at a time plays."""
+    from runner import catalogue
+
+    return catalogue.load_class(BOOK.get("method", name)).batchable and "mixed" not in BOOK.get("method", name).needs
 
 
 def place(name) -> str:
@@ -47,7 +55,7 @@ def place(name) -> str:
 
 
 @pytest.mark.parametrize(("name", "seeds"), [(n, k) for n in logged(capturable()) for k in (1, 3)
-                                            if k == 1 or "mixed" not in BOOK.get("method", n).needs])  # one seed plays
+                                            if k == 1 or stacks(n)])
 def test_captured_updates_equal_usual_ones(name, seeds):
     """Sixty-three updates with and without graphs, events at awkward steps: equal to the bit, or to 1e-5 where a library
     picks another kernel inside a graph."""
