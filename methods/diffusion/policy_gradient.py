@@ -194,8 +194,8 @@ class FlowPolicy(Generator):
                 "clip_high": high.mean(), "clip_low": low.mean(), "clip_high_last": high[-1], "clip_low_last": low[-1]}
 
     def inspect(self, batch):
-        seen = self.seen.clamp(min=1)
-        return {"ratio_shift": self.shift_sum / seen, "ratio_bias": (self.shift_sum / seen).abs(), "clip_balance": self.balance_sum / seen}
+        shift, balance = (v / self.seen.clamp(min=1) for v in (self.shift_sum, self.balance_sum))
+        return {"ratio_shift": shift, "ratio_bias": shift.abs(), "clip_balance": balance}
 
     # -- parts
     def initial(self, number: int, points: int) -> Tensor:
