@@ -136,13 +136,11 @@ class FlowPolicy(Generator):
         """batch: what `collect` made."""
         c = self.config
         batch = {**batch, "advantage": self.advantage(batch)}
-        if c.stop_at is not None:
-            self.going *= (batch["reward"].mean() < c.stop_at).float()
-        told = []
+        told, pace = [], self.pace(batch)
         for number in range(c.passes):
             order = self.noise(f"order{number}", (len(batch["reward"]),), "uniform").argsort()
             for rows in order.tensor_split(c.minibatches):
-                told.append(self.learn(batch, rows))
+                told.append(self.learn(batch, rows, pace))
         last = told[-1]
         with torch.no_grad():
             self.shift_sum += last["shift_last"]
@@ -152,7 +150,14 @@ class FlowPolicy(Generator):
                 **{k: torch.stack([t[k] for t in told]).mean() for k in ("loss", "penalty") if k in last},
                 **{k: v for k, v in last.items() if k not in ("loss", "penalty")}}
 
-    def learn(self, batch, index: Tensor) -> dict[str, Tensor]:
+    def pace(self, batch) -> Tensor | None:
+        """(): what the learning rate is multiplied by for this batch; None: 1."""
+        if self.config.stop_at is None:
+            return None
+        self.going *= (batch["reward"].mean() < self.config.stop_at).float()
+        return self.going
+
+    def learn(self, batch, index: Tensor, pace: Tensor | None = None) -> dict[str, Tensor]:
         """One step of the optimiser on some samples and all trained steps."""
         trained = self.trained()
         times = self.grid(self.config.steps)
@@ -167,7 +172,7 @@ class FlowPolicy(Generator):
         log_ratio = self.log_ratio(rows)
         each = self.surrogate(log_ratio, rows) * self.step_weight(rows)[:, None]
         loss, penalty = each.mean(), self.penalty(rows)
-        self.advance(loss if penalty is None else loss + penalty, None if self.config.stop_at is None else self.going)
+        self.advance(loss if penalty is None else loss + penalty, pace)
         self.after_update(rows)
         told = {"loss": loss.detach(), **self.tell(log_ratio.detach(), rows)}
         return told if penalty is None else {**told, "penalty": penalty.detach()}
