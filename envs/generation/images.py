@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 
 import torch
-from torch import Tensor
 
 from envs.generation import pictures
 from envs.generation.base import GenerationWorld
@@ -58,6 +57,8 @@ class Images(GenerationWorld):
         self.proxy = held["proxy"] and held["proxy"].to(self.device)
         self.gold = [g.to(self.device) for g in held["gold"]]
         self.shape = tuple(self.parts["generator"][0].shape[1:])
+        count = torch.bincount(self.parts["generator"][1], minlength=self.classes)
+        self.count, self.first = count, count.cumsum(0) - count  # rows are sorted by label
 
     def spec(self):
         return Spec(sample_shape=self.shape, classes=self.classes)
@@ -70,14 +71,9 @@ class Images(GenerationWorld):
         n = len(condition)
         if self.config.source == "shapes":
             return pictures.shapes(condition, draw("place", (n, 4), "uniform"), self.config.side)
-        return self._chosen("generator", condition, draw("image", (n,), "uniform"))
-
-    def _chosen(self, part: str, condition: Tensor, uniform: Tensor) -> Tensor:
-        """An image of each condition: rows are sorted by label."""
-        x, label = self.parts[part]
-        count = torch.bincount(label, minlength=self.classes)
-        first = count.cumsum(0) - count
-        return x[first[condition] + (uniform * count[condition]).long().clamp(max=count[condition] - 1)]
+        count = self.count[condition]
+        place = torch.minimum((draw("image", (n,), "uniform") * count).long(), count - 1)
+        return self.parts["generator"][0][self.first[condition] + place]
 
     def reward(self, x, condition):
         if self.proxy is None:

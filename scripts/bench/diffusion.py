@@ -1,0 +1,137 @@
+"""Speed of generators on the GPU where there is one: Flow-GRPO's update captured and not, a DiT's training and sampling.
+
+    python scripts/bench/diffusion.py [policy] [dit] [--steps N] [--width 768 --depth 12]
+
+policy: flow_grpo on env=ring at size=claim through the loop (rollouts, 16 optimiser steps), recorded in CUDA graphs and update
+by update; seconds of an update each, medians of repeats that take turns. Target: 20 times.
+
+dit: DiT-B/2 (12 x 768, 130 million parameters) at 32 x 32 x 4, batch 64, bf16 autocast, compiled blocks: a training step of
+flow_matching with its optimiser, and 50 ODE steps of generation. Model FLOPs are twice the multiply-adds of matrices and
+attention (methods/diffusion/dit.py), times 3 in training; MFU is their share of the card's dense bf16 peak (989 TFLOP/s on an
+H100 or H200), beside what one large bf16 product reaches there: the matmul floor. Target: 45 % in training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import time
+
+import _common as common  # noqa: F401  (puts the project on the path)
+import torch
+
+from methods.diffusion.dit import DiTPolicy
+from methods.diffusion.flow_matching import FlowMatching
+from runner.draws import Draws
+from runner.interface import Spec
+
+PEAK = 989e12
+
+
+def now(device) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def clock(f, repeats: int, device) -> float:
+    """Median seconds of a call, after three."""
+    for _ in range(3):
+        f()
+    out = []
+    for _ in range(repeats):
+        began = now(device)
+        f()
+        out.append(now(device) - began)
+    return statistics.median(out)
+
+
+def policy(device: str, repeats: int = 5, updates: int = 10):
+    from runner.catalogue import Catalogue
+    from runner.compose import compose
+    from runner.loop import Loop
+    from runner.run import _assemble, make_fabric
+    from runner.settings import Loop as Settings
+
+    loops = {}
+    for graph in (True, False):
+        hardware = "gpu" if device == "cuda" else "cpu"
+        job = compose(["method=flow_grpo", "env=ring", "logger=none", f"hardware={hardware}"], Catalogue())
+        fabric = make_fabric(job.config["hardware"])
+        method, world, stream, _ = _assemble(job, fabric)
+        loops[graph] = Loop(method, world, stream, Settings(steps=10 ** 6, log_every=10 ** 6), seed=0, fabric=fabric,
+                            graph=graph and device == "cuda")
+
+    def advance(loop, number):
+        loop.settings = Settings(steps=loop.step + number, log_every=10 ** 6)
+        loop.run()
+
+    for loop in loops.values():
+        advance(loop, 40)
+    times = {True: [], False: []}
+    for _ in range(repeats):
+        for graph, loop in loops.items():
+            began = now(device)
+            advance(loop, updates)
+            times[graph].append((now(device) - began) / updates)
+    captured, usual = (statistics.median(times[g]) for g in (True, False))
+    print(f"flow_grpo on ring: {captured * 1e3:.2f} ms an update captured, {usual * 1e3:.1f} ms update by update: "
+          f"{usual / captured:.1f} times", flush=True)
+
+
+def dit(device: str, steps: int, width: int, depth: int, batch: int = 64, sampling: int = 50):
+    spec = Spec(sample_shape=(4, 32, 32), classes=1000)
+    method = FlowMatching(FlowMatching.Config(learning_rate=1e-4, sampler_steps=sampling))
+    method.blueprint = DiTPolicy(DiTPolicy.Config(width=width, depth=depth, heads=width // 64))
+    torch.manual_seed(0)
+    method.setup(spec)
+    method.to(device)
+    if device == "cuda":
+        method.compile_networks()
+    method.make_optimizers()
+    method.draws = Draws(0, device)
+    half = (lambda: torch.autocast("cuda", torch.bfloat16)) if device == "cuda" else contextlib.nullcontext
+    method.autocast = half
+    x, condition = torch.randn(batch, 4, 32, 32, device=device), torch.arange(batch, device=device)
+
+    def update():
+        with half():
+            method.update({"x": x, "condition": condition})
+        method.updates += 1
+
+    flops = 2 * method.network.products(batch)
+    parameters = sum(p.numel() for p in method.network.parameters())
+    n = 8192 if device == "cuda" else 1024
+    one = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    floor = 2 * n ** 3 / clock(lambda: torch.mm(one, one), 10, device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    took = clock(update, steps, device)
+    memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device == "cuda" else 0
+    print(f"DiT {depth} x {width}, {parameters / 1e6:.0f} M parameters, batch {batch}: training {took * 1e3:.1f} ms a step, "
+          f"{batch / took:,.0f} samples/s, {3 * flops / took / 1e12:.0f} TFLOP/s, MFU {3 * flops / took / PEAK:.1%}; "
+          f"a large product reaches {floor / 1e12:.0f} TFLOP/s ({floor / PEAK:.1%}), at which the step's would take "
+          f"{3 * flops / floor * 1e3:.1f} ms; peak {memory:.1f} GiB", flush=True)
+    took = clock(lambda: method.draw(x, condition), max(3, steps // 10), device)
+    print(f"sampling in {sampling} steps: {took:.3f} s a batch, {batch / took:,.1f} samples/s, "
+          f"{sampling * flops / took / 1e12:.0f} TFLOP/s, MFU {sampling * flops / took / PEAK:.1%}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", default=["policy", "dit"], choices=["policy", "dit"])
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--depth", type=int, default=12)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    a = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    if "policy" in a.what:
+        policy(a.device)
+    if "dit" in a.what:
+        dit(a.device, a.steps, a.width, a.depth)
+
+
+if __name__ == "__main__":
+    main()
