@@ -28,6 +28,7 @@ from runner.catalogue import Catalogue, Entry
 from runner.errors import UserError
 from runner.html_assets import CSS, JS
 from runner.html_charts import SERIES, Row, Series, figure, intervals, lines, numbers, text, thin
+from runner.html_pictures import gallery
 
 VERDICTS = ("supported", "not supported", "undecided")
 MARKS = {"supported": "✓", "not supported": "✕", "undecided": "?"}
@@ -388,7 +389,8 @@ def _page(target: Path, runs: Path, claims: Path, book: Catalogue) -> str:
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; \
+script-src 'sha256-{digest}'">
 <meta name="color-scheme" content="light dark">
 <title>Ballast: methods, claims, runs</title>
 <style>{CSS}</style>
@@ -623,7 +625,9 @@ def _environments(runs: list[Run], view: _View) -> str:
             of_size = [r for r in by_env[env] if r.size == size]
             for gold, direction in sorted({(r.gold, r.direction) for r in of_size if r.status == "done"}):
                 out.append(_profile(env, size, gold, direction, of_size, view))
-        if not any(r.status == "done" for r in by_env[env]):
+        done = [r for r in by_env[env] if r.status == "done"]
+        out.append(gallery({label: max(rs, key=lambda r: r.finished).folder for label, rs in _variants(done).items()}))
+        if not done:
             out.append(f'<p class="quiet">No run is finished; {_link("#unfinished", f"{len(by_env[env])} others")}.</p>')
         out.append("</article>")
     without = [e for e in view.book.names("env") if e not in by_env]

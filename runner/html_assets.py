@@ -104,6 +104,8 @@ svg .end{text-anchor:end}svg .mid{text-anchor:middle}
 h1{font-size:1.75rem}h2{font-size:1.4rem;margin-top:2.75rem}dl{grid-template-columns:minmax(0,1fr);gap:0}
 dd{margin-bottom:.5rem}.claim{margin-left:-.5rem;margin-right:-.5rem;padding:.9rem .8rem .5rem}.formula{font-size:1.08rem}
 th,td{padding-right:.9rem}.method h3 code{margin-left:0}}
+.gallery{display:flex;flex-wrap:wrap;gap:.8rem;margin:.6rem 0}
+.picture{max-width:16rem}.picture img{max-width:100%;height:auto;image-rendering:pixelated}.picture figcaption{font-size:.8rem}
 @media print{:root{--paper:#fff;--card:#fff}.search{display:none}.claim,figure,tr{break-inside:avoid}
 .scroll,pre,.formula{overflow:visible}}
 """

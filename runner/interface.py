@@ -331,6 +331,10 @@ class World:
         """Gold metrics, the same yardstick for every method. Uses its own randomness only."""
         raise NotImplementedError
 
+    def pictures(self, method: Method, seed: int) -> dict[str, Tensor]:
+        """What a person would look at: {name: (H, W, 3) uint8}, put into the run's folder as PNG files after the evaluation."""
+        return {}
+
     def references(self, seed: int) -> dict[str, dict[str, float]]:
         """Rows printed beside every result: {name: gold metrics}, such as a random policy's."""
         return {}

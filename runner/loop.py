@@ -339,6 +339,10 @@ class Loop:
         self.method.eval()
         return self._evaluations()
 
+    def pictures(self) -> dict[str, torch.Tensor]:
+        with aside():
+            return self.world.pictures(self.method, self.seed)
+
     def _evaluations(self) -> list[dict[str, float]]:
         with aside():
             if not self.stack:

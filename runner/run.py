@@ -247,7 +247,7 @@ def make_fabric(hardware: dict):
 
 
 def _train(job, folder, fabric, method, world, stream, stack, quiet, command, began) -> dict:
-    from runner import capture
+    from runner import capture, pictures
     from runner.checkpoint import Checkpoints
     from runner.loggers import make_loggers
     from runner.loop import Loop, NonFinite, Preempted, whole
@@ -301,6 +301,8 @@ def _train(job, folder, fabric, method, world, stream, stack, quiet, command, be
                 chosen = loop.select()
                 final = loop.evaluate()
                 references = world.references(job.config["seed"])
+                if record and not stack:
+                    pictures.write(folder, loop.pictures())
             finally:
                 if progress:
                     progress.stop()

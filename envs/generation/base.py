@@ -151,6 +151,8 @@ class GenerationWorld(World):
         label_temperature: float = knob(0.2, "of the Bradley-Terry labels", low=1e-6)
         eval_samples: int = knob(3000, "generated samples that are judged", low=8)
 
+    drawn = 12  # samples of each condition that `pictures` shows
+
     metrics = {
         "energy": Metric("min", "", "energy distance to the true distribution, mean over conditions"),
         "proxy": Metric("max", "", "mean proxy reward of single samples"),
@@ -210,6 +212,18 @@ class GenerationWorld(World):
         return {"parameters": parameters, "metrics": figures,
                 "digest": hashlib.sha256((folder / "start.safetensors").read_bytes()).hexdigest(),
                 "told": f"a start of {parameters:,} parameters, {headline} {figures[headline]:.3f}"}
+
+    def draw(self, x: Tensor, condition: Tensor, way: Tensor | None) -> dict[str, Tensor]:
+        """Pictures of generated x (n, …), and of how they came about."""
+        return {}
+
+    def pictures(self, method, seed):
+        spec, g = self.spec(), torch.Generator().manual_seed(seed)
+        number = min(self.config.eval_samples, self.drawn * spec.classes)
+        condition = (torch.arange(number) % spec.classes).to(self.device)
+        noise = torch.randn(number, *spec.sample_shape, generator=g).to(self.device)
+        out = method.draw(noise, condition, g, path=True)
+        return self.draw(out.x, condition, out.path)
 
     def evaluate(self, method, seed):
         """As many samples of every condition, from noise that is the same for every method; what the method tells of itself."""

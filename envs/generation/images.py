@@ -19,7 +19,7 @@ import hashlib
 
 import torch
 
-from envs.generation import pictures
+from envs.generation import drawing, pictures
 from envs.generation.base import GenerationWorld
 from envs.generation.classifier import fitted, margin
 from envs.generation.metrics import energy_distance, frechet
@@ -74,6 +74,15 @@ class Images(GenerationWorld):
         count = self.count[condition]
         place = torch.minimum((draw("image", (n,), "uniform") * count).long(), count - 1)
         return self.parts["generator"][0][self.first[condition] + place]
+
+    def draw(self, x, condition, way):
+        order = condition.argsort(stable=True)
+        columns, scale = max(1, len(x) // self.classes), max(1, 24 // self.shape[1])
+        out = {"samples": drawing.tiles(x[order], columns, scale)}
+        if way is None:
+            return out
+        stages = way[torch.linspace(0, len(way) - 1, 10).long(), :self.classes]  # one of each condition, in ten stages
+        return {**out, "paths": drawing.tiles(stages.transpose(0, 1).flatten(0, 1), 10, scale)}
 
     def reward(self, x, condition):
         if self.proxy is None:

@@ -25,6 +25,7 @@ import math
 import torch
 from torch import Tensor
 
+from envs.generation import drawing
 from envs.generation.base import GenerationWorld
 from envs.generation.exact import Mixture
 from envs.generation.metrics import effective, energy_distance, mmd
@@ -100,6 +101,12 @@ class Plane(GenerationWorld):
         if kind == "side":
             return side * x[:, 1 if self.config.shape != "checkerboard" else 0]
         return -self._nearest(x, condition)[0] + 0.5 * x[:, 0]
+
+    drawn = 1000
+
+    def draw(self, x, condition, way):
+        out = {"samples": drawing.density(x, condition)}
+        return out if way is None else {**out, "paths": drawing.paths(way[:, :120], condition[:120])}
 
     def _nearest(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Distance to the nearest mode of the condition (n,), and which."""
