@@ -99,7 +99,7 @@ class Plane(GenerationWorld):
             along = 2 * math.pi * x.sum(1) / (math.sqrt(2) * 0.3)
             return (1.5 * side * x[:, 1]).tanh() + 0.5 * along.cos()
         if kind == "side":
-            return side * x[:, 1 if self.config.shape != "checkerboard" else 0]
+            return side * (-x[:, 0] if self.config.shape == "checkerboard" else x[:, 1])
         return -self._nearest(x, condition)[0] + 0.5 * x[:, 0]
 
     drawn = 1000

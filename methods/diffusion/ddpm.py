@@ -19,6 +19,7 @@ from torch import Tensor
 
 from methods.diffusion import flow
 from methods.diffusion.regression import Regression
+from runner.errors import UserError
 from runner.interface import Spec, knob
 
 
@@ -36,7 +37,11 @@ class DDPM(Regression):
 
     def setup(self, spec: Spec):
         super().setup(spec)
-        beta = torch.linspace(1e-4, 0.02, self.config.schedule_steps, dtype=torch.float64)
+        c = self.config
+        if c.process == "ddpm" and c.sampler_steps > c.schedule_steps:
+            raise UserError(f"method.sampler_steps={c.sampler_steps}: the schedule has {c.schedule_steps} steps "
+                            "(method.schedule_steps)\ntake at most that many")
+        beta = torch.linspace(1e-4, 0.02, c.schedule_steps, dtype=torch.float64)
         kept = (1 - beta).cumprod(0)
         noise = ((1 - kept) / kept).sqrt()
         self.register_buffer("table", (noise / (1 + noise)).float(), persistent=False)  # t of every step, rising
@@ -63,6 +68,5 @@ class DDPM(Regression):
     def grid(self, steps: int | None = None) -> Tensor:
         if self.config.process == "flow":
             return super().grid(steps)
-        steps = min(steps or self.config.sampler_steps, len(self.table))
-        k = torch.linspace(len(self.table) - 1, 0, steps, device=self.table.device).round().long()
+        k = torch.linspace(len(self.table) - 1, 0, steps or self.config.sampler_steps, device=self.table.device).round().long()
         return torch.cat([self.table[k], self.table.new_zeros(1)])
