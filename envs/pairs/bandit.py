@@ -33,7 +33,7 @@ import random
 import torch
 from torch import Tensor
 
-from envs.pairs import decoding, frontier
+from envs.pairs import decoding, frontier, rankings
 from envs.pairs.base import PairWorld, Stored
 from envs.pairs.scored import Scored
 from envs.pairs.task import Pair, PairTask
@@ -179,6 +179,7 @@ class BanditWorld(PairWorld):
         base_scale: float = knob(0.5, "deviation of the reference's logits", low=0.0, source="project's choice")
         sharpness: float = knob(1.0, "s: labels are drawn with sigma(s (r_i - r_j))", low=0.0)
         pairs: int = knob(4000, "of the data set", low=1, when={"soft": False})
+        list_size: int = knob(2, "P: arms that a row of the pairs shows; more than 2: ranked, see rankings.py", low=2)
         soft: bool = knob(False, "every pair of seen arms once, with its exact probability")
         unseen: int = knob(0, "arms that no pair shows, of low probability under the reference", low=0)
         unseen_reward: float = knob(-1.5, "their true reward", when={"unseen": 2})
@@ -234,7 +235,8 @@ class BanditWorld(PairWorld):
     def stream(self, method, kind, seed):
         self.task, self.method = self.make(method.seed), method
         if kind == "pairs":
-            return self.stored(method, self.task.pairs())
+            return rankings.stored(self, method, arm, context) if self.config.list_size > 2 else \
+                self.stored(method, self.task.pairs())
         if kind == "scored":
             return self.scored(method)
         if kind == "arms":

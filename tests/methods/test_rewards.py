@@ -147,3 +147,66 @@ def test_a_batch_is_gone_through_several_times_and_told_what_it_costs():
         counts.append(len(steps))
     assert counts[1] == 3 * counts[0] and told["beta"] == pytest.approx(0.1)
     assert told["kl_of_response"] == pytest.approx(0, abs=1e-4)
+
+
+LISTS = ("env.list_size=4", "env.batch_size=0", "env.pairs=50")
+
+
+@pytest.mark.parametrize("likelihood", ["plackett_luce", "all_pairs", "ends"])
+def test_the_likelihood_of_rankings_over_arms_and_by_a_head(likelihood):
+    method, _, stream = lab.assembled("reward_model", f'method.likelihood="{likelihood}"', "method.center=0.0", *LISTS,
+                                      env="bandit")
+    lab.train(method, stream, 3)
+    batch = stream.next()
+    assert batch["between"].shape == (50, 2, 1)
+    lists = torch.cat([batch["chosen"][:, None], batch["between"], batch["rejected"][:, None]], 1)
+    assert all(len(set(row.flatten().tolist())) == 4 for row in lists)
+
+    def by_hand(r):
+        probability = torch.ones(len(r)).double()
+        for k in range(3):  # of choosing the best one of those that are left, again and again
+            probability = probability * r[:, k].exp() / r[:, k:].exp().sum(1)
+        pairs = [torch.log1p(torch.exp(r[:, j] - r[:, i])) for i in range(4) for j in range(i + 1, 4)]
+        return {"plackett_luce": -probability.log(), "all_pairs": sum(pairs) / 6, "ends": pairs[2]}[likelihood].mean()
+
+    x = batch["prompt"][:, -1] - 6
+    expected = by_hand(method.policy.theta.detach().double()[x[:, None], lists[:, :, 0] - 1])
+    assert method.update(batch)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+    headed, world, _ = lab.assembled("reward_model", f'method.likelihood="{likelihood}"', "method.center=0.0", env="answers")
+    torch.nn.init.normal_(headed.reward_head)
+    texts = ["N.", "NML.", "YX.", "TU."]
+    prompts = [p.prompt for p in world.task.pairs()[:3]]
+    parts = [rows_of(headed, prompts, [t] * 3) for t in texts]
+    columns = {"prompt": parts[0]["prompt"], "prompt_mask": parts[0]["prompt_mask"], "label": torch.ones(3),
+               "between": torch.stack([p["response"] for p in parts[1:3]], 1),
+               "between_mask": torch.stack([p["mask"] for p in parts[1:3]], 1)}
+    for side, p in zip(("chosen", "rejected"), (parts[0], parts[3])):
+        columns |= {side: p["response"], f"{side}_mask": p["mask"]}
+    expected = by_hand(torch.stack([headed.rate(p) for p in parts], 1).double())
+    assert headed.update(columns)["loss"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_rankings_are_drawn_from_plackett_luce():
+    from envs.pairs.rankings import drawn
+
+    reward = torch.tensor([[1.0, 0.0, -1.0]])
+    _, arms = drawn(reward, 3, 20_000, 3, 1.5, torch.Generator().manual_seed(0))
+    p = (1.5 * reward[0]).softmax(-1)
+    assert torch.allclose((arms[:, 0:1] == torch.arange(3)).float().mean(0), p, atol=0.015)
+    second = (arms[arms[:, 0] == 0][:, 1] == 1).float().mean()
+    assert second.item() == pytest.approx((p[1] / (p[1] + p[2])).item(), abs=0.015)
+    two = drawn(reward, 3, 20_000, 2, 1.5, torch.Generator().manual_seed(1))[1]
+    both = two[(two.sort(1).values == torch.tensor([0, 2])).all(1)]
+    assert (both[:, 0] == 0).float().mean().item() == pytest.approx(1 / (1 + math.exp(-3)), abs=0.02)
+
+
+def test_rankings_with_a_noise_of_their_own_refuse_others_and_other_methods_see_their_ends():
+    with pytest.raises(UserError, match="rankings of as many"):
+        lab.assembled("dpo", *LISTS, 'env.flips="symmetric"', env="bandit")
+    with pytest.raises(UserError, match="rewards that order"):
+        lab.assembled("dpo", "env.list_size=4", env="cyclic")
+    ends = [lab.train(m, s, 4)[-1]["loss"] for m, _, s in (
+        lab.assembled("reward_model", 'method.likelihood="ends"', "method.center=0.0", *LISTS, env="bandit"),
+        lab.assembled("dpo", "method.beta=1.0", *LISTS, env="bandit"))]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-5)
