@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from pair_methods import words
 from safetensors.torch import save_file
 from token_methods import bare
 
 from envs.pairs import decoding
+from methods.preference.best_of_n import BestOfN, numbers
 from methods.reasoning.ppo_rlhf import PPORLHF
 from methods.tokens import rewards
 from runner.errors import UserError
@@ -76,8 +78,8 @@ def test_the_trunk_and_the_head_learn_and_so_held_out_pairs_are_rated_right():
 def test_over_arms_it_is_dpo_but_for_the_level():
     """The same loss and gradient, since normalisers cancel."""
     ends, start = [], torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
-    for name, words in (("reward_model", ("method.center=0.0",)), ("dpo", ("method.beta=1.0",))):
-        method, world, stream = lab.assembled(name, *words, env="bandit")
+    for name, settings in (("reward_model", ("method.center=0.0",)), ("dpo", ("method.beta=1.0",))):
+        method, world, stream = lab.assembled(name, *settings, env="bandit")
         with torch.no_grad():
             method.policy.theta.copy_(start)
         loss = method.update(stream.next())["loss"]
@@ -101,8 +103,44 @@ def test_best_of_n_is_the_exact_choice_of_the_fitted_model_among_draws_of_the_st
     torch.testing.assert_close(world.table(method).exp().detach(), share, rtol=0, atol=0.015)
     with torch.no_grad():
         assert world.evaluate(method, 0)["kl"] <= math.log(3) - 2 / 3
-    with pytest.raises(UserError, match="arms"):
-        lab.assembled("best_of_n", env="answers")
+
+
+def test_over_tokens_the_best_of_n_independent_draws_of_the_start_is_given():
+    """Responses of one letter, so that what is given has a distribution: that of arms."""
+    n, each = 4, 4000
+    method = words(BestOfN, width=1, n=n)
+    torch.nn.init.normal_(method.reward_head)
+    prompts, g = ["abcd", "qrst"], torch.Generator().manual_seed(3)
+    uniforms = torch.rand(2 * each, 1, generator=g)
+    with torch.no_grad():
+        out = method.complete(prompts, each, uniforms)
+    tokens = torch.arange(1, 27)
+    prompt, prompt_mask = method.encode(prompts)
+    for i in range(2):
+        rows = {"prompt": prompt[i].expand(26, -1), "prompt_mask": prompt_mask[i].expand(26, -1), "response": tokens[:, None],
+                "mask": torch.ones(26, 1)}
+        p = method.score_reference(rows)["log_prob"][:, 0].exp()
+        expected = decoding.best_of((p / p.sum())[None].double(), method.rate(rows)[None].double(), n)[0]
+        share = out.response[i * each:(i + 1) * each, 0].bincount(minlength=27)[1:] / each
+        assert (p - expected).abs().max() > 0.1
+        torch.testing.assert_close(share.double(), expected, rtol=0, atol=0.03)
+    assert out.texts == [chr(96 + t) for t in out.response[:, 0].tolist()] and len(out.texts) == 2 * each
+    plain = method.with_weights()
+    assert plain.complete(prompts, 3, uniforms[:6]).texts == plain.generate(prompts, 3, uniforms[:6]).texts
+    again = numbers(uniforms[:6], n)
+    assert again.shape == (24, 1) and torch.equal(again, numbers(uniforms[:6], n)) and torch.equal(again[::n], uniforms[:6])
+
+
+def test_over_tokens_gold_metrics_are_those_of_what_is_chosen():
+    settings = ("method.learning_rate=0.003", "env.batch_size=64", "env.eval_prompts=20", "env.eval_samples=8")
+    told = {}
+    for n in (1, 8):
+        method, world, stream = lab.assembled("best_of_n", f"method.n={n}", *settings, env="answers")
+        lab.train(method, stream, 40)
+        told[n] = world.evaluate(method, 0)
+    assert not {"kl", "kl_from_reference", "entropy", "right_mass"} & told[8].keys() and told[8]["accuracy"] > 0.8
+    assert told[8]["reward"] > 0.97 > 0.95 > told[1]["reward"] and told[8]["win_rate"] > 0.53
+    assert abs(told[1]["win_rate"] - 0.5) < 0.03  # one draw is the start's
 
 
 def test_the_true_judge_wins_n_of_n_plus_1_draws():
