@@ -273,7 +273,10 @@ class AnswersWorld(PairWorld):
 
     def evaluate(self, method, seed):
         with torch.no_grad():
-            return {**super().evaluate(method, seed), **self.masses(method), **self.entangled(method), **self.each_alone(method)}
+            told = super().evaluate(method, seed)
+            if getattr(method, "judges", False) or getattr(method, "draws_of_one", 0):  # its trunk is no policy
+                return told
+            return {**told, **self.masses(method), **self.entangled(method), **self.each_alone(method)}
 
     def entangled(self, method) -> dict[str, float]:
         """How much a step for one side of a pair is one for the other, too; of the first sixteen held-out pairs."""

@@ -16,6 +16,9 @@
 are squashed by a sigmoid, those of a share `noisy` get noise of 0.3 and are cut to [0, 1]. The policy that such training begins
 from, pi_ref, is the maximum-likelihood fit of the log: an arm's share of its context's rows, `smoothing` added to every count.
 
+Batches of kind `prompts` reward a sampled arm with its true reward, or (rewarded=fitted) with the one that is fitted to the
+pairs: the two stages of RLHF. Duels are judged as pairs are labelled: arm i beats j with sigma(sharpness (r_i - r_j)).
+
 Batches of kind `arms` hold everything: prompt, prompt_mask (X, Tp), arms (X, K): their tokens, reward (X, K); `batch_size`
 contexts, 0: all.
 
@@ -30,7 +33,7 @@ import random
 import torch
 from torch import Tensor
 
-from envs.pairs import decoding
+from envs.pairs import decoding, frontier, rankings
 from envs.pairs.base import PairWorld, Stored
 from envs.pairs.scored import Scored
 from envs.pairs.task import Pair, PairTask
@@ -131,6 +134,10 @@ class Bandit(PairTask):
             return gap >= gap.quantile(1 - c.p_flip) if c.p_flip else torch.zeros_like(draw, dtype=torch.bool)
         return torch.zeros_like(draw, dtype=torch.bool)
 
+    def numbered(self) -> list[tuple[int, int, int, float]]:
+        """The pairs as (context, chosen, rejected, label)."""
+        return [(ord(p.prompt) - CONTEXT, ord(p.chosen) - ARM, ord(p.rejected) - ARM, p.label) for p in self.pairs()]
+
     def held_out_pairs(self):
         """A thousand pairs of all arms, the truly better one chosen."""
         rng, out = random.Random(f"{self.seed}/held out"), []
@@ -172,6 +179,7 @@ class BanditWorld(PairWorld):
         base_scale: float = knob(0.5, "deviation of the reference's logits", low=0.0, source="project's choice")
         sharpness: float = knob(1.0, "s: labels are drawn with sigma(s (r_i - r_j))", low=0.0)
         pairs: int = knob(4000, "of the data set", low=1, when={"soft": False})
+        list_size: int = knob(2, "P: arms that a row of the pairs shows; more than 2: ranked, see rankings.py", low=2)
         soft: bool = knob(False, "every pair of seen arms once, with its exact probability")
         unseen: int = knob(0, "arms that no pair shows, of low probability under the reference", low=0)
         unseen_reward: float = knob(-1.5, "their true reward", when={"unseen": 2})
@@ -189,6 +197,8 @@ class BanditWorld(PairWorld):
         samples_per_prompt: int = knob(5, "responses sampled for that", low=1, source="project's choice",
                                        when={"values": "sampled"})
         best_of: int = knob(4, "N of the decoding that win rates are told of", low=1)
+        rewarded: str = knob("exact", "what batches of kind prompts reward: the true reward, or the fit of the pairs",
+                             choices=["exact", "fitted"])
 
     metrics = {
         "reward": Metric("max", "", "true expected reward, exact, mean over contexts"),
@@ -199,6 +209,7 @@ class BanditWorld(PairWorld):
         "kl": Metric("none", "nats", "KL(policy || reference), exact"),
         "kl_from_reference": Metric("none", "nats", "KL(reference || policy), exact"),
         "regularised": Metric("max", "", "true expected reward - beta_eval KL(policy || reference)"),
+        "frontier": Metric("max", "", "gain of true reward over the reference, as a share of the best policy's at the same KL"),
         "entropy": Metric("none", "nats", "of the policy over arms, exact"),
         "accuracy": Metric("max", "", "share of held-out pairs whose better arm has gained more, in log-ratio to the reference"),
         "chosen": Metric("max", "nats", "change of a held-out better arm's log-probability"),
@@ -224,7 +235,8 @@ class BanditWorld(PairWorld):
     def stream(self, method, kind, seed):
         self.task, self.method = self.make(method.seed), method
         if kind == "pairs":
-            return self.stored(method, self.task.pairs())
+            return rankings.stored(self, method, arm, context) if self.config.list_size > 2 else \
+                self.stored(method, self.task.pairs())
         if kind == "scored":
             return self.scored(method)
         if kind == "arms":
@@ -233,7 +245,19 @@ class BanditWorld(PairWorld):
             columns = {"prompt": prompt, "prompt_mask": mask, "arms": tokens.expand(len(prompt), -1),
                        "reward": self.task.reward.to(prompt.device)}
             return Stored(columns, self._start(), self.config.batch_size, method.seed, method.processes)
+        if kind == "prompts" and self.config.rewarded == "fitted":
+            self.judgement = frontier.fitted_reward(self.task.numbered(), self.task.reward.shape)
         return super().stream(method, kind, seed)
+
+    judgement: Tensor | None = None  # rewards (X, K) in the place of the true ones
+
+    def rewarded(self, problem, response, verdict):
+        if self.judgement is not None and response:
+            return float(self.judgement[problem.answer, ord(response[0]) - ARM])
+        return verdict.correct if verdict.score is None else verdict.score
+
+    def preferred(self, problem, response, other):
+        return float(self.task.probability(problem.answer, ord(response[0]) - ARM, ord(other[0]) - ARM))
 
     def scored(self, method) -> Scored:
         """Logged rows, and the policy that has been fitted to them."""
@@ -297,6 +321,8 @@ class BanditWorld(PairWorld):
         gap = rho[x, i] - rho[x, j]
         out |= {"accuracy": (torch.sign(gap) / 2 + 0.5).mean().item(), "chosen": rho[x, i].mean().item(),
                 "rejected": rho[x, j].mean().item()}
+        if (part := frontier.share(log_p, t.base, r)) is not None:
+            out["frontier"] = part
         beta = getattr(getattr(method, "config", None), "beta", None)
         if beta:
             out |= self._scale(method.implicit_reward(rho) if hasattr(method, "implicit_reward") else beta * rho, r)

@@ -210,6 +210,8 @@ class PairWorld(PromptWorld):
             reference = self.reference(method)
             problems = [p for p, _ in zip(self.judged_problems(method), range(self.config.eval_prompts))]
             out = self.sampled(method, reference, problems, seed) if problems else {}
+            if getattr(method, "draws_of_one", 0):  # it chooses among draws: no token has a probability of its own
+                return {k: v for k, v in out.items() if k not in ("kl", "kl_from_reference", "entropy")} | self.on_ratings(method)
             return {**out, **self.on_pairs(method, reference), **self.on_old(method, reference)}
 
     def judged_problems(self, method):

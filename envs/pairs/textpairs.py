@@ -70,24 +70,31 @@ class TextPairs(PairTask):
         known = {p.prompt for p in held}
         self.rows = [p for p in rows if p.prompt not in known], held
         if not all(self.rows):
-            raise UserError(f"{file}: no pairs are left to {'learn from' if self.rows[1] else 'hold out'}\n"
+            raise UserError(f"{file}: no {self.kept} are left to {'learn from' if self.rows[1] else 'hold out'}\n"
                             "give a longer file, a held_out_file, or another env.share")
         both = [*self.rows[0], *self.rows[1]]
         self.dropped = len(self.bad)
         self.prompt_length = max(len(p.prompt) for p in both)
-        self.response_length = response_length or 1 + max(len(t) for p in both for t in (p.chosen, p.rejected))
-        self.alphabet = PRINTABLE + END
-        self.alphabet += "".join(sorted({c for p in both for c in p.prompt + p.chosen + p.rejected} - set(self.alphabet)))
+        self.response_length = response_length or 1 + max(len(t) for p in both for t in self.responses(p))
+        found = {c for p in both for t in (p.prompt, *self.responses(p)) for c in t}
+        self.alphabet = PRINTABLE + END + "".join(sorted(found - set(PRINTABLE + END)))
+
+    kept, shipped = "pairs", SHIPPED  # what rows are, and the project's own few
+    parse = staticmethod(lambda row: pair_of(row))
+
+    @staticmethod
+    def responses(pair: Pair) -> tuple[str, ...]:
+        return pair.chosen, pair.rejected
 
     def read(self, file: str, most: int) -> list[Pair]:
-        path, found = located(file), []
+        path, found = located(file, self.shipped), []
         for where, row in parquet(path) if path.suffix == ".parquet" else lines(path):
             if most and len(found) == most:
                 break
             try:
                 if isinstance(row, str):
                     raise Bad(row)
-                found.append(pair_of(row))
+                found.append(self.parse(row))
             except Bad as why:
                 self.bad.append(f"{path.name}, {where}: {why}")
         return found
@@ -120,7 +127,8 @@ def pair_of(row: dict) -> Pair:
     """A row in any of the layouts. Bad: what is wrong with it."""
     for name in ("chosen", "rejected"):
         if name not in row:
-            raise Bad(f"no {name} (its columns: {', '.join(map(str, row))})")
+            more = "; single responses with labels are read by env=textlabels, for method=kto" if "completion" in row else ""
+            raise Bad(f"no {name} (its columns: {', '.join(map(str, row))}){more}")
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
         if not isinstance(prompt, str):
@@ -168,26 +176,31 @@ def parted(chosen: str, rejected: str) -> tuple[str, str, str]:
 def conversed(prompt, chosen: list, rejected: list) -> tuple[str, str, str]:
     """Lists of messages -> prompt, the two last messages."""
     before = prompt if isinstance(prompt, list) else []
-    for messages in (before, chosen, rejected):
-        for m in messages:
-            if not isinstance(m, dict) or not isinstance(m.get("content"), str) or "role" not in m:
-                raise Bad("a message is an object with role and content")
+    check_messages(*before, *chosen, *rejected)
     if not chosen or not rejected:
         raise Bad("an empty conversation")
     if chosen[:-1] != rejected[:-1]:
         raise Bad("chosen and rejected differ before their last message")
     turns = [*before, *chosen[:-1]]
-    if not turns and isinstance(prompt, str):
-        return prompt, chosen[-1]["content"], rejected[-1]["content"]
-    if len(turns) == 1:
-        text = turns[0]["content"]
-    else:
-        text = "\n\n".join(f"{TURNS.get(m['role'], m['role'])}: {m['content']}" for m in turns) + MARK
+    text = prompt if not turns and isinstance(prompt, str) else written(turns)
     return text, chosen[-1]["content"], rejected[-1]["content"]
 
 
-def located(file: str) -> Path:
-    path = SHIPPED if file == "shipped" else data_root() / Path(file).expanduser()
+def check_messages(*messages):
+    for m in messages:
+        if not isinstance(m, dict) or not isinstance(m.get("content"), str) or "role" not in m:
+            raise Bad("a message is an object with role and content")
+
+
+def written(turns: list) -> str:
+    """The messages before a response as one text."""
+    if len(turns) == 1:
+        return turns[0]["content"]
+    return "\n\n".join(f"{TURNS.get(m['role'], m['role'])}: {m['content']}" for m in turns) + MARK
+
+
+def located(file: str, shipped: Path = SHIPPED) -> Path:
+    path = shipped if file == "shipped" else data_root() / Path(file).expanduser()
     if not path.name.endswith((".jsonl", ".json", ".jsonl.gz", ".parquet")):
         raise UserError(f"{path}: not a .jsonl, .jsonl.gz or .parquet file\ngive rows with chosen and rejected in such a form")
     if not path.is_file():

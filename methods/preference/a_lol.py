@@ -25,15 +25,19 @@ of a long response is almost always at the clip: `clipped` tells. The variant kl
 kl_weight in the place of max(A, 0): it anchors nothing. Half the data or more may have no advantage; the loop's steps are what
 is given, the paper takes the share `kept` of them.
 
-Differences from the official code: V is a mean of samples, there a head with attention trained on one sample a prompt; its
-rewards go through a sigmoid first; its epochs are shuffled, here rows are drawn with replacement; it keeps the weights of the
-best reward in validation, here the last. It can draw by reward for the variants of R, too: draw=priority.
+V is the env's mean for that very prompt, or, with critic=head, what a head on the frozen start's hidden states makes of all of
+them (methods/preference/value_head.py), as in the official code, which has one sample a prompt (env.samples_per_prompt=1).
+
+Differences from the official code: its head learns from validation prompts, here from the rows' own, all at once; its rewards go
+through a sigmoid first; its epochs are shuffled, here rows are drawn with replacement; it keeps the weights of the best reward in
+validation, here the last. It can draw by reward for the variants of R, too: draw=priority.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+from methods.preference.value_head import fitted_values
 from methods.tokens.demonstrated import Demonstrated
 from runner.errors import UserError
 from runner.interface import knob
@@ -49,6 +53,13 @@ class ALoL(Demonstrated):
         draw: str = knob("auto", "how rows are drawn: by advantage or reward, those that have some, or all",
                          choices=["auto", "priority", "filter", "all"], source="paper",
                          when={"variant": ["a_lol", "seq", "ref_free", "kl", "r_lol", "weighted_bc", "r_gold"]})
+        critic: str = knob("means", "V(x): the mean reward of own responses to that prompt, or a head fitted to these means",
+                           choices=["means", "head"], source="official code: head",
+                           when={"variant": ["a_lol", "seq", "ref_free", "kl"]})
+        value_steps: int = knob(200, "AdamW's steps that fit the head, all prompts at once", low=1, source="project's choice; "
+                                "official code: 10 epochs", when={"critic": "head"})
+        value_rate: float = knob(0.01, "its learning rate", low=0.0, source="project's choice; official code: 1e-5",
+                                 when={"critic": "head"})
         clip: float = knob(0.9, "e: of the likelihood ratio to the start", low=0.0, source="paper",
                            when={"variant": ["a_lol", "seq", "r_lol"]})
         kl_weight: float = knob(0.1, "b: of l - l_0", low=0.0, source="project's choice", when={"variant": "kl"})
@@ -65,7 +76,10 @@ class ALoL(Demonstrated):
         if c.variant == "nll":
             return None
         of_advantage = c.variant in OF_ADVANTAGE
-        credit = (data["reward"] - data["value"] if of_advantage else data["reward"]).clamp(min=0)
+        value = data["value"] if of_advantage else 0.0
+        if of_advantage and c.critic == "head":
+            value = fitted_values(self.policy, data["prompt"], data["prompt_mask"], value, c.value_steps, c.value_rate)
+        credit = (data["reward"] - value).clamp(min=0)
         if not (credit > 0).any():
             raise UserError(f"of {len(credit)} responses none is better than what the policy gives by itself: there is nothing "
                             "to learn for variants by advantage\nlearn from rewards: method.variant=r_lol, or weighted_bc"

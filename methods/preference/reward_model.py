@@ -8,8 +8,16 @@ Over arms r is the table (or the function of features) that is added to the refe
 metrics look at is pi_ref exp(r), and training without `center` is that of DPO at beta = 1. Only differences of r are told by
 pairs, context by context; `center` keeps its level near 0 (Eisenstein et al. 2023, arXiv 2312.09244; 0.01 there).
 
-form=implicit reads the reward off the policy's log-ratio instead, which is DPO. Rewards from rankings of lists, by Plackett-Luce:
-method=adpo method.form=plackett_luce method.anchor=uniform on env=noisy_lists; with two candidates both are one.
+form=implicit reads the reward off the policy's log-ratio instead, which is DPO.
+
+Where rows are rankings of P responses, s(1) best (columns between, envs/pairs/rankings.py), the likelihood of all of it,
+
+    plackett_luce    L = -sum_{k < P} [ r_s(k) - log sum_{j >= k} exp r_s(j) ]          (Luce 1959; Plackett 1975)
+    all_pairs        L = -mean_{k < j} log sigma(r_s(k) - r_s(j))                       (InstructGPT's: one batch element a list)
+    ends             L = -log sigma(r_s(1) - r_s(P)),   what methods on pairs see of such rows
+
+With two responses all three are the one above. The level is held for the ends. Of lists with features beside:
+method=adpo method.form=plackett_luce method.anchor=uniform on env=noisy_lists.
 
 A finished run can judge what others sample: env.judge_run=FOLDER (envs/pairs/base.py).
 """
@@ -19,8 +27,10 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from methods.preference import forms
 from methods.preference.dpo import DPO
 from methods.preference.pairs import SIDES, plus
 from methods.tokens import rewards, scoring
@@ -33,6 +43,8 @@ class RewardModel(DPO):
         form: str = knob("head", "what rates a response: a function of its own, or the policy's log-ratio to the start",
                          choices=["head", "implicit"])
         beta: float = knob(0.1, "of the implicit reward: beta times the log-ratio", low=0.0, when={"form": "implicit"})
+        likelihood: str = knob("plackett_luce", "of rankings of more than two responses", choices=[
+            "plackett_luce", "all_pairs", "ends"], when={"form": "head"})
         center: float = knob(0.01, "weight of (r_w + r_l)^2", low=0.0, source="arXiv 2312.09244")
         micro_rows: int = knob(0, "rows that go through the policy at once, for memory; 0: all. The gradient is the same (a "
                                "table's to the bit)", low=0, when={"form": "implicit"})
@@ -74,14 +86,53 @@ class RewardModel(DPO):
             out[s], out[f"{s}_mask"], out[f"{s}_after"] = rewards.longer(batch[s], batch[f"{s}_mask"])
         return out
 
+    def between(self, batch) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Of the responses between the ends, (P - 2, b, T): tokens, mask, and where the reward is read; None of pairs."""
+        if "between" not in batch or self.config.form == "implicit" or self.config.likelihood == "ends":
+            return None
+        response, mask = batch["between"].transpose(0, 1), batch["between_mask"].transpose(0, 1)
+        if not self.headed:
+            return response, mask, mask
+        return tuple(t.view(*mask.shape[:2], -1) for t in rewards.longer(response.flatten(0, 1), mask.flatten(0, 1)))
+
     def rows(self, batch):
-        return super().rows(self.longer(batch) if self.headed else batch)
+        """Of rankings: the best responses' rows, the next ones', …"""
+        between, batch = self.between(batch), self.longer(batch) if self.headed else batch
+        if between is None:
+            return super().rows(batch)
+        sides = [(batch[s], batch[f"{s}_mask"]) for s in SIDES]
+        sides[1:1] = zip(*between[:2])
+        return {**{k: batch[k].repeat(len(sides), 1) for k in ("prompt", "prompt_mask")},
+                "response": torch.cat([r for r, _ in sides]), "mask": torch.cat([m for _, m in sides])}
 
     def pairs(self, batch):
-        if not self.headed:
-            return super().pairs(batch)
-        batch = self.longer(batch)
-        return super().pairs({**batch, **{f"{s}_mask": batch[f"{s}_after"] for s in SIDES}})
+        between, read = self.between(batch), batch
+        if self.headed:
+            batch = self.longer(batch)
+            read = {**batch, **{f"{s}_mask": batch[f"{s}_after"] for s in SIDES}}
+        pairs = super().pairs(read)
+        if between is not None:
+            pairs.places = torch.cat([pairs.mask[:1], between[2], pairs.mask[1:]])
+        return pairs
+
+    def see(self, pairs, now):
+        """Of rankings: what is told of all (P b, T) to `ranked` (P, b), and the ends to where pairs have their sides."""
+        places = getattr(pairs, "places", None)
+        if places is not None:
+            whole = {k: v.view(places.shape) for k, v in now.items()}
+            pairs.ranked = (whole["log_prob"] * places).sum(-1)
+            now = {k: torch.cat([v[:1], v[-1:]]).flatten(0, 1) for k, v in whole.items()}
+        super().see(pairs, now)
+
+    def loss(self, pairs):
+        ranked = getattr(pairs, "ranked", None)
+        if ranked is None:
+            return super().loss(pairs)
+        if self.config.likelihood == "plackett_luce":
+            place = torch.arange(len(ranked), 0, -1, device=ranked.device).expand(ranked.shape[1], -1)
+            return forms.plackett_luce(ranked.T, place).mean()
+        first, second = torch.triu_indices(len(ranked), len(ranked), 1, device=ranked.device)
+        return -F.logsigmoid(ranked[first] - ranked[second]).mean()
 
     def scale(self) -> float:
         return self.config.beta if self.config.form == "implicit" else 1.0

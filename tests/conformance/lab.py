@@ -15,8 +15,9 @@ from runner.run import assemble
 
 BOOK = Catalogue()
 METHODS = BOOK.names("method")
-# Methods whose settings need what the smallest env lacks: several tokens, phrases.
-WHERE = {"rrpo": "slots", "ches": "answers", "gradient_entanglement": "answers"}
+# Methods whose settings need what the smallest env lacks: several tokens, phrases, rankings.
+WHERE = {"rrpo": "slots", "ches": "answers", "gradient_entanglement": "answers", "reward_model": "bandit_rankings",
+         "best_of_n": "bandit_rankings"}
 
 
 def smallest(name: str) -> str:

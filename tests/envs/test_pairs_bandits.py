@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
+from envs.pairs import frontier
 from envs.pairs.bandit import ARM, CONTEXT, Bandit, BanditWorld
 from envs.pairs.scored import Scored
 from runner.catalogue import Catalogue
@@ -101,3 +102,43 @@ def test_calibration_and_slope_of_the_exact_optimum():
 def test_scored_rows_out_of_range_are_refused(reward):
     with pytest.raises(UserError, match="row 2 of 2 has the reward"):
         Scored(None, [("a", "b", 0.5), ("a", "c", reward)], 1, None, 1)
+
+
+def test_the_frontier_is_reached_by_the_optima_of_rlhf_alone():
+    _, world, _ = made("bandit", "env.contexts=6", "env.pairs=100")
+    base, reward = world.task.base, world.task.reward
+    for beta in (5.0, 0.5, 0.1):
+        log_p = (base + reward / beta).log_softmax(-1)
+        assert world.exact(log_p)["frontier"] == pytest.approx(1, abs=1e-4)
+        other = (base + (reward + 0.3 * torch.randn(reward.shape, generator=torch.Generator().manual_seed(1))) / beta)
+        assert 0 < world.exact(other.log_softmax(-1))["frontier"] < 0.999
+    kl = (log_p.exp() * (log_p - base.log_softmax(-1))).sum(-1).mean().item()
+    assert frontier.best_reward(base, reward, kl) == pytest.approx((log_p.exp() * reward).sum(-1).mean().item(), abs=1e-5)
+    assert frontier.best_reward(base, reward, 1e6) == pytest.approx(reward.amax(-1).mean().item(), abs=1e-4)
+    assert world.references(0)["best arm"]["frontier"] == pytest.approx(1, abs=1e-3)
+    assert "frontier" not in world.exact(base.log_softmax(-1))  # it gained nothing, at no price
+
+
+def test_prompts_reward_arms_truly_or_as_the_pairs_say():
+    for rewarded in ("exact", "fitted"):
+        _, world, stream = made("bandit", "method=grpo", "env.contexts=3", "env.arms=4", "env.pairs=300",
+                                f"env.rewarded={rewarded}")
+        batch = stream.next()
+        x, y = batch["prompt"][:, -1] - world.task.arms - 1, batch["response"][:, 0] - 1
+        table = world.task.reward if rewarded == "exact" else world.judgement
+        torch.testing.assert_close(batch["reward"], table[x, y])
+        assert batch["reward"].unique().numel() > 4
+    r = world.judgement.double().requires_grad_()
+    x, i, j = torch.tensor(numbers(world.task.pairs())).T
+    loss = (-torch.nn.functional.logsigmoid(r[x, i] - r[x, j]) + 0.01 * (r[x, i] + r[x, j]).square()).mean()
+    assert torch.autograd.grad(loss, r)[0].abs().max() < 1e-6  # the likelihood's maximum, which is one point
+    assert torch.corrcoef(torch.stack([r.detach().flatten(), world.task.reward.flatten().double()]))[0, 1] > 0.7
+
+
+def test_duels_are_judged_as_pairs_are_labelled():
+    _, world, stream = made("bandit", "method=online_dpo", "env.sharpness=2.0", "method.prompts=16")
+    batch = stream.next()
+    pairs = batch["response"].view(-1, 2) - 1
+    x = batch["prompt"][::2, -1] - world.task.arms - 1
+    expected = torch.sigmoid(2 * (world.task.reward[x, pairs[:, 0]] - world.task.reward[x, pairs[:, 1]]))
+    torch.testing.assert_close(batch["beats"].view(-1, 2, 2)[:, 0, 1], expected)

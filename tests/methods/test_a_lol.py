@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import types
+from pathlib import Path
 
 import pytest
 import torch
 from token_methods import bare
 
 from methods.preference.a_lol import ALoL
+from methods.preference.value_head import ValueHead, fitted_values
 from methods.reasoning.sft import SFT
 from methods.tokens.demonstrated import Given
 from runner.errors import UserError
+
+_spec = importlib.util.spec_from_file_location("lab", Path(__file__).parents[1] / "conformance" / "lab.py")
+lab = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(lab)
 
 DOUBLE = {"rtol": 1e-10, "atol": 1e-12}
 MASK = [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]
@@ -158,3 +166,54 @@ def test_references_are_kept_only_where_they_are_asked():
             ("a_lol", "seq", "ref_free", "kl", "r_lol", "weighted_bc", "r_gold", "nll")} == \
         {"a_lol": True, "seq": True, "ref_free": False, "kl": True, "r_lol": True, "weighted_bc": False, "r_gold": False,
          "nll": False}
+
+
+def test_a_value_head_pools_with_a_query_a_head_and_sees_no_padding():
+    head = ValueHead(16)
+    assert head.heads == 8 and ValueHead(21).heads == 1
+    hidden, mask = torch.randn(2, 3, 16), torch.tensor([[True, True, True], [False, True, True]])
+    with torch.no_grad():
+        assert head(hidden, mask).tolist() == [0.5, 0.5]
+        for p in head.parameters():
+            p.normal_()
+        for i in range(2):
+            pooled = []
+            for k in range(8):
+                states = hidden[i, :, 2 * k:2 * k + 2][mask[i]]
+                attention = (states @ head.query[k] / math.sqrt(2)).softmax(0)
+                pooled.append(attention @ states)
+            expected = torch.sigmoid(torch.cat(pooled) @ head.weight + head.bias)
+            torch.testing.assert_close(head(hidden, mask)[i], expected)
+        changed = hidden.clone()
+        changed[1, 0] += 100
+        assert torch.equal(head(changed, mask), head(hidden, mask))
+
+
+class Trunk:
+    """A policy whose hidden states are what its prompts say."""
+
+    shape = types.SimpleNamespace(width=8)
+
+    def hidden(self, ids, mask):
+        return torch.nn.functional.one_hot(ids, 8).float()
+
+
+def test_the_head_is_fitted_to_the_values_of_prompts_and_smooths_what_it_cannot_tell_apart():
+    prompt = torch.tensor([[0, 1], [0, 2], [0, 3], [0, 1]])
+    mask = torch.tensor([[False, True]] * 4)
+    value = torch.tensor([0.2, 0.9, 0.6, 0.2])
+    told = fitted_values(Trunk(), prompt, mask, value, 500, 0.05)
+    torch.testing.assert_close(told, value, atol=0.02, rtol=0)
+    assert fitted_values(Trunk(), prompt, mask, value, 1, 0.05).tolist() == [0.5] * 4  # as it begins
+    alike = Trunk()
+    alike.hidden = lambda ids, mask: torch.ones(*ids.shape, 8)
+    torch.testing.assert_close(fitted_values(alike, prompt, mask, value, 500, 0.05), torch.full((4,), (0.2 + 0.9 + 0.6) / 3),
+                               atol=0.01, rtol=0)
+
+
+def test_advantages_may_be_of_the_head():
+    method, _, stream = lab.assembled("a_lol", 'method.critic="head"', "method.value_steps=20", env="bandit")
+    columns = stream.columns
+    value = fitted_values(method.policy, columns["prompt"], columns["prompt_mask"], columns["value"], 20, 0.01)
+    torch.testing.assert_close(columns["credit"], (columns["reward"] - value).clamp(min=0))
+    assert (value != columns["value"]).all() and torch.isfinite(value).all()

@@ -175,6 +175,46 @@ def test_modpo_of_weight_one_is_dpo():
                                    gradient(moved(tabular(DPO, base)), columns))
 
 
+def test_a_table_s_soup_is_the_weighted_optimum_and_its_part_is_dpo():
+    g = torch.Generator().manual_seed(0)
+    base, first, second = torch.randn(2, 5, generator=g), *torch.randn(2, 1, 5, generator=g)
+    beta, shares = 0.5, torch.tensor([0.2, 0.7])
+    settings = {"beta": beta, "learning_rate": 0.03}
+    method = tabular(MODPO, base, combine="soup", margin_steps=3000, margin_rate=0.05, **settings)
+    dpo = tabular(DPO, base, **settings)
+    triples = [(x, i, j) for x in range(2) for i in range(5) for j in range(i)]
+
+    def pairs(reward):
+        return arm_pairs(dpo, triples, [float(torch.sigmoid(reward[0, i] - reward[0, j])) for _, i, j in triples])
+
+    columns = {**pairs(first), "weight": shares.repeat_interleave(10)}
+    method.prepare({**columns, **{f"other/{k}": v for k, v in pairs(second).items() if not k.endswith("_reference")}})
+    for _ in range(2000):
+        method.update(columns)
+        dpo.update(columns)
+    torch.testing.assert_close(method.alone.theta, dpo.policy.theta.detach())
+    truth = (base + (shares[:, None] * first + (1 - shares[:, None]) * second) / beta).softmax(-1)
+    assert 0.5 * (method.policy.scores(torch.tensor([0, 1])).softmax(-1) - truth).abs().sum(-1).max() < 2e-3
+
+
+def test_one_soup_mixes_all_weights_of_any_policy():
+    g = torch.Generator().manual_seed(0)
+    features, base = torch.randn(2, 4, 3, generator=g), torch.zeros(2, 4)
+    method = tabular(MODPO, base, "mlp", features, combine="soup", weight=0.3, margin_steps=5)
+    dpo = tabular(DPO, base, "mlp", features)
+    columns = arm_pairs(dpo, TRIPLES)
+    other = {f"other/{k}": v for k, v in arm_pairs(dpo, TRIPLES[::-1]).items() if not k.endswith("_reference")}
+    method.prepare({**columns, **other})
+    for _ in range(3):
+        method.update(columns)
+    parts = list(zip(*(m.parameters() for m in (method.policy, method.alone, method.second))))
+    assert any((a != b).any() for _, a, b in parts)
+    for p, a, b in parts:
+        torch.testing.assert_close(p.detach(), 0.3 * a + 0.7 * b)
+    with pytest.raises(UserError, match="say how: method.weight"):
+        tabular(MODPO, base, "mlp", features, combine="soup")
+
+
 def test_the_margin_is_fitted_to_the_other_objective_s_pairs():
     """On plenty of pairs the implicit reward comes near the truth on its labels' scale."""
     job = compose(["method=modpo", "env=fronts", "env.weights=2", "env.contexts=3", "env.arms=4", "env.pairs=8000",

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from pair_methods import words
 from safetensors.torch import save_file
 from token_methods import bare
 
 from envs.pairs import decoding
+from methods.preference.best_of_n import BestOfN, numbers
 from methods.reasoning.ppo_rlhf import PPORLHF
 from methods.tokens import rewards
 from runner.errors import UserError
@@ -76,8 +78,8 @@ def test_the_trunk_and_the_head_learn_and_so_held_out_pairs_are_rated_right():
 def test_over_arms_it_is_dpo_but_for_the_level():
     """The same loss and gradient, since normalisers cancel."""
     ends, start = [], torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
-    for name, words in (("reward_model", ("method.center=0.0",)), ("dpo", ("method.beta=1.0",))):
-        method, world, stream = lab.assembled(name, *words, env="bandit")
+    for name, settings in (("reward_model", ("method.center=0.0",)), ("dpo", ("method.beta=1.0",))):
+        method, world, stream = lab.assembled(name, *settings, env="bandit")
         with torch.no_grad():
             method.policy.theta.copy_(start)
         loss = method.update(stream.next())["loss"]
@@ -101,8 +103,44 @@ def test_best_of_n_is_the_exact_choice_of_the_fitted_model_among_draws_of_the_st
     torch.testing.assert_close(world.table(method).exp().detach(), share, rtol=0, atol=0.015)
     with torch.no_grad():
         assert world.evaluate(method, 0)["kl"] <= math.log(3) - 2 / 3
-    with pytest.raises(UserError, match="arms"):
-        lab.assembled("best_of_n", env="answers")
+
+
+def test_over_tokens_the_best_of_n_independent_draws_of_the_start_is_given():
+    """Responses of one letter, so that what is given has a distribution: that of arms."""
+    n, each = 4, 4000
+    method = words(BestOfN, width=1, n=n)
+    torch.nn.init.normal_(method.reward_head)
+    prompts, g = ["abcd", "qrst"], torch.Generator().manual_seed(3)
+    uniforms = torch.rand(2 * each, 1, generator=g)
+    with torch.no_grad():
+        out = method.complete(prompts, each, uniforms)
+    tokens = torch.arange(1, 27)
+    prompt, prompt_mask = method.encode(prompts)
+    for i in range(2):
+        rows = {"prompt": prompt[i].expand(26, -1), "prompt_mask": prompt_mask[i].expand(26, -1), "response": tokens[:, None],
+                "mask": torch.ones(26, 1)}
+        p = method.score_reference(rows)["log_prob"][:, 0].exp()
+        expected = decoding.best_of((p / p.sum())[None].double(), method.rate(rows)[None].double(), n)[0]
+        share = out.response[i * each:(i + 1) * each, 0].bincount(minlength=27)[1:] / each
+        assert (p - expected).abs().max() > 0.1
+        torch.testing.assert_close(share.double(), expected, rtol=0, atol=0.03)
+    assert out.texts == [chr(96 + t) for t in out.response[:, 0].tolist()] and len(out.texts) == 2 * each
+    plain = method.with_weights()
+    assert plain.complete(prompts, 3, uniforms[:6]).texts == plain.generate(prompts, 3, uniforms[:6]).texts
+    again = numbers(uniforms[:6], n)
+    assert again.shape == (24, 1) and torch.equal(again, numbers(uniforms[:6], n)) and torch.equal(again[::n], uniforms[:6])
+
+
+def test_over_tokens_gold_metrics_are_those_of_what_is_chosen():
+    settings = ("method.learning_rate=0.003", "env.batch_size=64", "env.eval_prompts=20", "env.eval_samples=8")
+    told = {}
+    for n in (1, 8):
+        method, world, stream = lab.assembled("best_of_n", f"method.n={n}", *settings, env="answers")
+        lab.train(method, stream, 40)
+        told[n] = world.evaluate(method, 0)
+    assert not {"kl", "kl_from_reference", "entropy", "right_mass"} & told[8].keys() and told[8]["accuracy"] > 0.8
+    assert told[8]["reward"] > 0.97 > 0.95 > told[1]["reward"] and told[8]["win_rate"] > 0.53
+    assert abs(told[1]["win_rate"] - 0.5) < 0.03  # one draw is the start's
 
 
 def test_the_true_judge_wins_n_of_n_plus_1_draws():
@@ -147,3 +185,66 @@ def test_a_batch_is_gone_through_several_times_and_told_what_it_costs():
         counts.append(len(steps))
     assert counts[1] == 3 * counts[0] and told["beta"] == pytest.approx(0.1)
     assert told["kl_of_response"] == pytest.approx(0, abs=1e-4)
+
+
+LISTS = ("env.list_size=4", "env.batch_size=0", "env.pairs=50")
+
+
+@pytest.mark.parametrize("likelihood", ["plackett_luce", "all_pairs", "ends"])
+def test_the_likelihood_of_rankings_over_arms_and_by_a_head(likelihood):
+    method, _, stream = lab.assembled("reward_model", f'method.likelihood="{likelihood}"', "method.center=0.0", *LISTS,
+                                      env="bandit")
+    lab.train(method, stream, 3)
+    batch = stream.next()
+    assert batch["between"].shape == (50, 2, 1)
+    lists = torch.cat([batch["chosen"][:, None], batch["between"], batch["rejected"][:, None]], 1)
+    assert all(len(set(row.flatten().tolist())) == 4 for row in lists)
+
+    def by_hand(r):
+        probability = torch.ones(len(r)).double()
+        for k in range(3):  # of choosing the best one of those that are left, again and again
+            probability = probability * r[:, k].exp() / r[:, k:].exp().sum(1)
+        pairs = [torch.log1p(torch.exp(r[:, j] - r[:, i])) for i in range(4) for j in range(i + 1, 4)]
+        return {"plackett_luce": -probability.log(), "all_pairs": sum(pairs) / 6, "ends": pairs[2]}[likelihood].mean()
+
+    x = batch["prompt"][:, -1] - 6
+    expected = by_hand(method.policy.theta.detach().double()[x[:, None], lists[:, :, 0] - 1])
+    assert method.update(batch)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+    headed, world, _ = lab.assembled("reward_model", f'method.likelihood="{likelihood}"', "method.center=0.0", env="answers")
+    torch.nn.init.normal_(headed.reward_head)
+    texts = ["N.", "NML.", "YX.", "TU."]
+    prompts = [p.prompt for p in world.task.pairs()[:3]]
+    parts = [rows_of(headed, prompts, [t] * 3) for t in texts]
+    columns = {"prompt": parts[0]["prompt"], "prompt_mask": parts[0]["prompt_mask"], "label": torch.ones(3),
+               "between": torch.stack([p["response"] for p in parts[1:3]], 1),
+               "between_mask": torch.stack([p["mask"] for p in parts[1:3]], 1)}
+    for side, p in zip(("chosen", "rejected"), (parts[0], parts[3])):
+        columns |= {side: p["response"], f"{side}_mask": p["mask"]}
+    expected = by_hand(torch.stack([headed.rate(p) for p in parts], 1).double())
+    assert headed.update(columns)["loss"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_rankings_are_drawn_from_plackett_luce():
+    from envs.pairs.rankings import drawn
+
+    reward = torch.tensor([[1.0, 0.0, -1.0]])
+    _, arms = drawn(reward, 3, 20_000, 3, 1.5, torch.Generator().manual_seed(0))
+    p = (1.5 * reward[0]).softmax(-1)
+    assert torch.allclose((arms[:, 0:1] == torch.arange(3)).float().mean(0), p, atol=0.015)
+    second = (arms[arms[:, 0] == 0][:, 1] == 1).float().mean()
+    assert second.item() == pytest.approx((p[1] / (p[1] + p[2])).item(), abs=0.015)
+    two = drawn(reward, 3, 20_000, 2, 1.5, torch.Generator().manual_seed(1))[1]
+    both = two[(two.sort(1).values == torch.tensor([0, 2])).all(1)]
+    assert (both[:, 0] == 0).float().mean().item() == pytest.approx(1 / (1 + math.exp(-3)), abs=0.02)
+
+
+def test_rankings_with_a_noise_of_their_own_refuse_others_and_other_methods_see_their_ends():
+    with pytest.raises(UserError, match="rankings of as many"):
+        lab.assembled("dpo", *LISTS, 'env.flips="symmetric"', env="bandit")
+    with pytest.raises(UserError, match="rewards that order"):
+        lab.assembled("dpo", "env.list_size=4", env="cyclic")
+    ends = [lab.train(m, s, 4)[-1]["loss"] for m, _, s in (
+        lab.assembled("reward_model", 'method.likelihood="ends"', "method.center=0.0", *LISTS, env="bandit"),
+        lab.assembled("dpo", "method.beta=1.0", *LISTS, env="bandit"))]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-5)

@@ -61,6 +61,7 @@ def test_cards_of_methods(entry):
         shared = catalogue.parts(baseline) == catalogue.parts(entry)  # two families may change one algorithm
         assert (baseline.family == entry.family or shared) and baseline.name != entry.name
         known = {*baseline.needs, *(["mixed"] if "offline" in baseline.needs else [])}  # mixed begins as offline, bit for bit
+        known |= {"unpaired"} if "pairs" in baseline.needs and "pairs" in entry.needs else set()  # beside pairs: labels alone
         assert set(entry.needs) <= known
     knobs = {k.name: k for k in catalogue.knobs(entry)}
     for key, value in (card.get("neutral") or {}).items():
