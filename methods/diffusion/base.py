@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +24,18 @@ from runner.errors import UserError
 from runner.interface import Drawn, Method, Spec, knob
 
 
-class Walk(SimpleNamespace):
-    """One generation on its way, for `guide`: x (n, …), t (), step, steps, condition (n,); memory: what a guider keeps between
-    steps; calls (n,): network calls so far, for each sample; network: the one asked."""
+@dataclasses.dataclass
+class Walk:
+    """One generation on its way, for `guide`."""
+
+    x: Tensor               # (n, …)
+    condition: Tensor       # (n,)
+    network: nn.Module      # the one asked
+    calls: Tensor           # (n,) network calls so far, for each sample
+    memory: dict            # what a guider keeps between steps
+    t: Tensor | None = None  # (), or (n,) in training
+    step: int = 0
+    steps: int = 0
 
 
 class Generator(Method):
@@ -147,9 +155,8 @@ class Generator(Method):
 
     def walk(self, noise: Tensor, condition: Tensor, network=None) -> Walk:
         """A generation about to start at `noise`."""
-        return Walk(x=noise, t=None, step=0, steps=0, condition=condition, memory={},
-                    calls=torch.zeros(len(noise), device=noise.device),
-                    network=network or (self.network if self.averaged is None else self.averaged))
+        return Walk(noise, condition, network or (self.network if self.averaged is None else self.averaged),
+                    torch.zeros(len(noise), device=noise.device), {})
 
     def stride(self, walk: Walk, times: Tensor, j: int, kind: str, amount: float) -> flow.Step:
         """Step j of a generation: from times[j] to times[j + 1]."""

@@ -47,7 +47,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, signal: Tensor) -> Tensor:
         """x (n, tokens, width), signal (n, width)."""
         n, tokens, width = x.shape
-        shift, scale, gate, shift2, scale2, gate2 = self.modulation(signal)[:, None].chunk(6, 2)
+        shift, scale, gate, shift2, scale2, gate2 = self.modulation(signal)[:, None].to(x.dtype).chunk(6, 2)
         h = F.layer_norm(x, (width,)) * (1 + scale) + shift
         q, k, v = self.qkv(h).view(n, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width)
@@ -82,7 +82,8 @@ class DiT(nn.Module):
         p = self.patch
         tokens = x.view(-1, c, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         signal = F.silu(self.time(embedding_of(t, 256)) + self.label(condition))
-        h = self.enter(tokens) + self.place
+        h = self.enter(tokens)
+        h = h + self.place.to(h.dtype)  # under autocast the residual stream has the products' precision: half the bytes
         for block in self.blocks:
             h = block(h, signal)
         shift, scale = self.modulation(signal)[:, None].chunk(2, 2)

@@ -68,31 +68,54 @@ def from_data(x: Tensor, data: Tensor, t: Tensor) -> Tensor:
     return (x - data) / rows(t, x)
 
 
-def step(kind: str, x: Tensor, v: Tensor, t: Tensor, to: Tensor, amount: float = 0.0, first: Tensor | None = None) -> Step:
-    """One step of a sampler. x, v (n, …); t, to: () or (n,), t > to; `amount`: the noise level a; `first`: the grid's second
-    time, which stands for t = 1 where sigma would be infinite. In float32 whatever the network's precision."""
-    x, v, t, to = x.float(), v.float(), rows(t, x), rows(to, x)
+class Coefficients(NamedTuple):
+    """Of Gaussian steps x' ~ N(scale x - length factor v, std^2 I); one number each, or one for each of several steps."""
+
+    scale: Tensor
+    length: Tensor  # h
+    factor: Tensor
+    std: Tensor
+
+    def of(self, rows) -> Coefficients:
+        """Those of some steps: an index or a slice."""
+        return Coefficients(*(c[rows] for c in self))
+
+
+def coefficients(kind: str, t: Tensor, to: Tensor, amount: float = 0.0, first: Tensor | None = None) -> Coefficients:
+    """Of steps from t to `to` < t, (); or (n,); `amount`: the noise level a; `first`: the grid's second time, which stands for
+    t = 1 where sigma would be infinite."""
     h = t - to
     if kind == "ode":
-        return Step(x - h * v, torch.zeros_like(h), torch.ones_like(h))
+        return Coefficients(torch.ones_like(h), h, torch.ones_like(h), torch.zeros_like(h))
     if kind in ("flow", "dance"):
         below = torch.where(t >= 1, first if first is not None else to, t)
         variance = amount ** 2 * t / (1 - below) if kind == "flow" else torch.full_like(t, amount ** 2)
-        factor = 1 + variance * (1 - t) / (2 * t)
-        return Step(x * (1 - variance * h / (2 * t)) - h * v * factor, (variance * h).sqrt(), factor)
-    data, noise = x - t * v, x + (1 - t) * v
+        return Coefficients(1 - variance * h / (2 * t), h, 1 + variance * (1 - t) / (2 * t), (variance * h).sqrt())
     if kind == "cps":
         std = to * math.sin(amount * math.pi / 2)
-        mean = (1 - to) * data + (to ** 2 - std ** 2).clamp(min=0).sqrt() * noise
-        return Step(mean, std, ((1 - to) * t - (to ** 2 - std ** 2).clamp(min=0).sqrt() * (1 - t)) / h)
-    if kind == "ddim":
+        along = (to ** 2 - std ** 2).clamp(min=0).sqrt()
+    elif kind == "ddim":
         now, then = (1 - t).square() + t.square(), (1 - to).square() + to.square()
         ab, ab_to = (1 - t).square() / now, (1 - to).square() / then
         # eta^2 (1-ab')/(1-ab) (1 - ab/ab'), and back into rectified flow's scale, in which x' has 1/sqrt(then) of it
         variance = amount ** 2 * (1 - ab_to) / (1 - ab) * (1 - ab / ab_to)
-        along = (1 - ab_to - variance).clamp(min=0).sqrt() * then.sqrt()
-        return Step((1 - to) * data + along * noise, (variance * then).sqrt(), ((1 - to) * t - along * (1 - t)) / h)
-    raise ValueError(f"no sampling step is called '{kind}'; there are {', '.join(STEPS)}")
+        along, std = (1 - ab_to - variance).clamp(min=0).sqrt() * then.sqrt(), (variance * then).sqrt()
+    else:
+        raise ValueError(f"no sampling step is called '{kind}'; there are {', '.join(STEPS)}")
+    # mean = (1 - t') x0^ + along e^
+    return Coefficients(1 - to + along, h, ((1 - to) * t - along * (1 - t)) / h, std)
+
+
+def move(x: Tensor, v: Tensor, by: Coefficients) -> Step:
+    """x, v (n, …), `by` one number each or (n,). In float32 whatever the network's precision."""
+    x, v = x.float(), v.float()
+    scale, length, factor, std = (rows(c, x) for c in by)
+    return Step(scale * x - length * factor * v, std, factor)
+
+
+def step(kind: str, x: Tensor, v: Tensor, t: Tensor, to: Tensor, amount: float = 0.0, first: Tensor | None = None) -> Step:
+    """One step of a sampler from x, v (n, …); t, to: () or (n,)."""
+    return move(x, v, coefficients(kind, t, to, amount, first))
 
 
 def log_prob(x: Tensor, at: Step, dims: int = 1) -> Tensor:

@@ -10,7 +10,7 @@ numbers in all.
                      `initial` draws where they begin
      2. reward       R_i of the finished sample, (N,); the world's proxy                                       (additive)
      3. advantage    A_i = (R_i - mean_g R) / (std + 1e-4), std of the group or the batch, cut to [-5, 5]; one for all steps
-     4. transition   the Gaussian step (methods/diffusion/flow.py)
+     4. transition   the Gaussian steps' coefficients over the grid (methods/diffusion/flow.py)
      5. log_prob     log p_j, the mean over D, not the sum: clip ranges belong to that (-mean (x - mu)^2 under cps)
      6. log_ratio    log r = log p_theta - log p_old, (steps, n)
      7. surrogate    max(-A (r - 1), -A clip(r - 1, -eps, eps)), (steps, n): the usual one less a constant, exact for small eps
@@ -34,7 +34,6 @@ zero. Sources: Liu et al. 2025 (Flow-GRPO, arXiv 2505.05470); Black et al. 2023 
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -44,10 +43,28 @@ from methods.diffusion.base import Generator
 from runner.interface import Spec, knob
 
 
-class Rollouts(SimpleNamespace):
-    """Rows of a minibatch (n samples) over the trained steps (S): x, next (S, n, P, …), condition, advantage (n,), log_prob (S,
-    n) and, where the method keeps it, mean (S, n, P, …) of the policy that sampled; now: flow.Step of the current one, std
-    (S, 1 …); v the velocity; h, std (S,) of the grid."""
+@dataclasses.dataclass
+class Rollouts:
+    """Rows of a minibatch: n samples over the S trained steps."""
+
+    x: Tensor                # (S, n, P, …) before the step, and
+    next: Tensor             # after it
+    log_prob: Tensor         # (S, n) under the policy that sampled, and
+    mean: Tensor | None      # (S, n, P, …) its means, where the method keeps them
+    condition: Tensor        # (n,)
+    advantage: Tensor        # (n,)
+    t: Tensor                # (S,)
+    by: flow.Coefficients    # of the steps, (S,)
+    v: Tensor | None = None  # the velocity now
+    now: flow.Step | None = None
+
+    @property
+    def h(self) -> Tensor:
+        return self.by.length
+
+    @property
+    def std(self) -> Tensor:
+        return self.by.std
 
 
 class FlowPolicy(Generator):
@@ -88,9 +105,17 @@ class FlowPolicy(Generator):
         for name in ("shift_sum", "balance_sum", "seen"):  # of the log-ratios at the last trained step, over the run
             self.register_buffer(name, torch.zeros(()))
         self.register_buffer("going", torch.ones(()))  # 0 once `stop_at` was reached
+        for name, table in self.transition(self.grid(self.config.steps))._asdict().items():
+            self.register_buffer(f"step_{name}", table, persistent=False)
 
     def steps_of_update(self):
         return self.config.minibatches * self.config.passes
+
+    def compile_networks(self):
+        """The objective as one: a small network's time is the number of its kernels. A larger network's blocks instead."""
+        if getattr(self.network, "compiles", False):
+            return super().compile_networks()
+        self.objective = torch.compile(self.objective, dynamic=False)
 
     def trained(self) -> range:
         """Which steps of a rollout are trained: the last one, nearly without noise, is not."""
@@ -112,13 +137,11 @@ class FlowPolicy(Generator):
             walk = self.walk(self.initial(n, p).flatten(0, 1), condition.repeat_interleave(p), self.network)
             passed, log_prob, mean = [walk.x], [], []
             for j in range(c.steps):
-                moves = j in trained or not c.window
                 walk.t, walk.step, walk.steps = times[j], j, c.steps
                 v = self.guide(walk, self.ask(walk, walk.condition))
-                at = self.transition(walk.x, v, times[j], times[j + 1], times[1]) if moves else \
-                    flow.step("ode", walk.x, v, times[j], times[j + 1])
+                at = flow.move(walk.x, v, self.table().of(j))
                 walk.x = at.mean
-                if moves:
+                if j in trained or not c.window:
                     walk.x = at.mean + at.std * self.noise(f"step{j}", (n, p, *shape)).flatten(0, 1)
                 if j in trained:
                     told = at._replace(mean=at.mean.view(n, p, *shape))
@@ -140,7 +163,7 @@ class FlowPolicy(Generator):
         for number in range(c.passes):
             order = self.noise(f"order{number}", (len(batch["reward"]),), "uniform").argsort()
             for rows in order.tensor_split(c.minibatches):
-                told.append(self.learn(batch, rows, pace))
+                told.append(self.learn(batch, rows, pace, len(told) == self.steps_of_update() - 1))
         last = told[-1]
         with torch.no_grad():
             self.shift_sum += last["shift_last"]
@@ -157,35 +180,40 @@ class FlowPolicy(Generator):
         self.going *= (batch["reward"].mean() < self.config.stop_at).float()
         return self.going
 
-    def learn(self, batch, index: Tensor, pace: Tensor | None = None) -> dict[str, Tensor]:
-        """One step of the optimiser on some samples and all trained steps."""
+    def table(self) -> flow.Coefficients:
+        """Of all steps of a rollout."""
+        return flow.Coefficients(*(getattr(self, f"step_{name}") for name in flow.Coefficients._fields))
+
+    def learn(self, batch, index: Tensor, pace: Tensor | None = None, telling: bool = True) -> dict[str, Tensor]:
+        """One step of the optimiser on some samples and all trained steps; `telling`: statistics are wanted."""
         trained = self.trained()
-        times = self.grid(self.config.steps)
         low, high = trained.start, trained.stop
         rows = Rollouts(x=batch["x"][low:high, index], next=batch["x"][low + 1:high + 1, index],
                         log_prob=batch["log_prob"][:, index], condition=batch["condition"][index],
                         mean=batch["mean"][:, index] if "mean" in batch else None,
-                        advantage=batch["advantage"][index], times=times[low:high + 1], first=times[1],
-                        h=times[low:high] - times[low + 1:high + 1])
-        rows.v, rows.now = self.predict(rows, self.network)
-        rows.std = rows.now.std.flatten()
-        log_ratio = self.log_ratio(rows)
-        each = self.surrogate(log_ratio, rows) * self.step_weight(rows)[:, None]
-        loss, penalty = each.mean(), self.penalty(rows)
+                        advantage=batch["advantage"][index], t=self.grid(self.config.steps)[low:high],
+                        by=self.table().of(slice(low, high)))
+        loss, penalty, log_ratio = self.objective(rows)
         self.advance(loss if penalty is None else loss + penalty, pace)
         self.after_update(rows)
-        told = {"loss": loss.detach(), **self.tell(log_ratio.detach(), rows)}
+        told = {"loss": loss.detach(), **(self.tell(log_ratio.detach(), rows) if telling else {})}
         return told if penalty is None else {**told, "penalty": penalty.detach()}
+
+    def objective(self, rows: Rollouts) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(loss, penalty, log-ratios (S, n)) of a minibatch."""
+        rows.v, rows.now = self.predict(rows, self.network)
+        log_ratio = self.log_ratio(rows)
+        each = self.surrogate(log_ratio, rows) * self.step_weight(rows)[:, None]
+        return each.mean(), self.penalty(rows), log_ratio
 
     def predict(self, rows: Rollouts, network) -> tuple[Tensor, flow.Step]:
         """The velocity (S, n, P, …), and the steps that follow from it."""
         s, n, p = rows.x.shape[:3]
         flat = rows.x.flatten(0, 2)
         walk = self.walk(flat, rows.condition.repeat_interleave(p).repeat(s), network)
-        walk.t = rows.times[:-1].repeat_interleave(n * p)
+        walk.t = rows.t.repeat_interleave(n * p)
         v = self.guide(walk, self.ask(walk, walk.condition)).view_as(rows.x)
-        at = self.transition(rows.x, v, rows.times[:-1], rows.times[1:], rows.first)
-        return v, at
+        return v, flow.move(rows.x, v, rows.by)
 
     def tell(self, log_ratio: Tensor, rows: Rollouts) -> dict[str, Tensor]:
         """Statistics of the ratios (S, n): shift (mean over deviation) and clipped shares at some steps."""
@@ -217,8 +245,16 @@ class FlowPolicy(Generator):
         deviation = groups.std(1, keepdim=True) if self.config.scale == "group" else groups.std()
         return (centred / (deviation + 1e-4)).clamp(-5, 5).flatten()
 
-    def transition(self, x: Tensor, v: Tensor, t: Tensor, to: Tensor, first: Tensor) -> flow.Step:
-        return flow.step(self.config.sde, x, v, t, to, self.config.noise_level, first)
+    def transition(self, times: Tensor) -> flow.Coefficients:
+        """times (T + 1,) -> of each step, (T,)."""
+        c = self.config
+        moving = flow.coefficients(c.sde, times[:-1], times[1:], c.noise_level, times[1])
+        if not c.window:
+            return moving
+        still = flow.coefficients("ode", times[:-1], times[1:])
+        inside = torch.zeros(c.steps, dtype=torch.bool, device=times.device)
+        inside[self.trained().start:self.trained().stop] = True
+        return flow.Coefficients(*(torch.where(inside, a, b) for a, b in zip(moving, still)))
 
     def log_prob(self, x: Tensor, at: flow.Step, dims: int) -> Tensor:
         if self.config.sde == "cps":

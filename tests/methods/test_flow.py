@@ -220,7 +220,7 @@ def test_guard_trains_the_velocity_alike_at_every_step():
         def watched(rows, network):
             v, _ = predict(method, rows, network)
             kept["v"] = v.detach().requires_grad_()
-            at = method.transition(rows.x, kept["v"], rows.times[:-1], rows.times[1:], rows.first)
+            at = flow.move(rows.x, kept["v"], rows.by)
             kept["z"] = (rows.next - at.mean.detach()) / at.std
             return kept["v"], at
 
