@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from methods.common.networks import CosineRate, adam
 from methods.diffusion import flow
+from methods.diffusion.graphed import Graphed
 from runner.errors import UserError
 from runner.interface import Drawn, Method, Spec, knob
 
@@ -36,6 +37,7 @@ class Walk:
     t: Tensor | None = None  # (), or (n,) in training
     step: int = 0
     steps: int = 0
+    velocity: object = None  # in generation on a GPU: the network's, recorded in a CUDA graph
 
 
 class Generator(Method):
@@ -56,6 +58,7 @@ class Generator(Method):
 
     capturable = True
     starts = False       # whether samples come with the weights that the world offers to start from
+    records = True       # whether generation on a GPU may record the network's velocity in a CUDA graph
     keeps_start = False  # whether the network as it was at the start is asked, as `self.reference`
 
     def setup(self, spec: Spec):
@@ -64,7 +67,7 @@ class Generator(Method):
         self.network = self.blueprint.build(spec)
         self.averaged = copy.deepcopy(self.network).requires_grad_(False) if c.average else None
         self.reference = copy.deepcopy(self.network).requires_grad_(False) if self.keeps_start else None
-        self.rate = None
+        self.rate = self.graphed = None
 
     def make_optimizers(self):
         c = self.config
@@ -148,7 +151,7 @@ class Generator(Method):
         t = walk.t.expand(len(walk.x))
         if self.exact is not None and network is None:
             return self.exact.velocity(walk.x, t, condition)
-        return self.velocity(network or walk.network, walk.x, t, condition).float()
+        return (walk.velocity or self.velocity)(network or walk.network, walk.x, t, condition).float()
 
     def unconditional(self, walk: Walk, network=None, counted=None) -> Tensor:
         return self.ask(walk, torch.full_like(walk.condition, self.spec.classes), network, counted)
@@ -169,6 +172,9 @@ class Generator(Method):
         c, times = self.config, self.grid()
         with self.autocast():
             walk = self.walk(noise, condition)
+            if noise.is_cuda and self.records:
+                self.graphed = self.graphed or Graphed(self.velocity)
+                walk.velocity = self.graphed
             passed = [noise]
             for j in range(len(times) - 1):
                 at = self.stride(walk, times, j, c.sampler, c.sampler_noise)

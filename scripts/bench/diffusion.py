@@ -56,7 +56,8 @@ def policy(device: str, repeats: int = 5, updates: int = 10):
     from runner.settings import Loop as Settings
 
     loops = {}
-    for name, graph, compiled in (("captured and compiled", True, "true"), ("captured", True, "false"), ("eager", False, "false")):
+    kinds = (("captured and compiled", True, "true"), ("captured", True, "false"), ("eager", False, "false"))
+    for name, graph, compiled in kinds:
         if device == "cpu" and graph:
             continue
         hardware = "gpu" if device == "cuda" else "cpu"
@@ -64,7 +65,8 @@ def policy(device: str, repeats: int = 5, updates: int = 10):
                       Catalogue())
         fabric = make_fabric(job.config["hardware"])
         method, world, stream, _ = _assemble(job, fabric)
-        loops[name] = Loop(method, world, stream, Settings(steps=10 ** 6, log_every=10 ** 6), seed=0, fabric=fabric, graph=graph)
+        settings = Settings(steps=10 ** 6, log_every=10 ** 6)
+        loops[name] = Loop(method, world, stream, settings, seed=0, fabric=fabric, graph=graph)
 
     def advance(loop, number):
         loop.settings = Settings(steps=loop.step + number, log_every=10 ** 6)

@@ -94,6 +94,28 @@ def test_captured_online_training_equals_usual_training(name):
         torch.testing.assert_close(graphs.method.state_dict()[key], value, rtol=1e-4, atol=1e-5, msg=lambda m: f"{key}: {m}")
 
 
+@pytest.mark.parametrize(("name", "env", "words"), [
+    ("cfg", "ring", []), ("ddpm", "ring", []), ("flow_grpo", "digits", []),
+    ("flow_matching", "digits", ["policy=dit", "policy.width=64", "policy.depth=2", "hardware.precision=bf16-mixed"])])
+def test_recorded_generation_is_the_usual_one(name, env, words):
+    """Before and after some training, whose weights a graph reads where they lie."""
+    loop = train(name, env, 1, False, 3, *words)
+    method, shape, g = loop.method, loop.world.spec().sample_shape, torch.Generator().manual_seed(0)
+    noise, condition = torch.randn(12, *shape, generator=g).cuda(), torch.arange(12).cuda() % 2
+    first = None
+    for _ in range(2):
+        drawn = []
+        for records in (True, False):
+            type(method).records = records
+            drawn.append(method.draw(noise, condition, torch.Generator().manual_seed(1)).x)
+        type(method).records = True
+        torch.testing.assert_close(*drawn, rtol=2e-3, atol=2e-3)
+        assert method.graphed.graphs
+        assert first is None or not torch.equal(first, drawn[0])  # the weights have moved
+        first, loop.settings = drawn[0], Settings(steps=6, log_every=17)
+        loop.run()
+
+
 def test_updates_never_wait_for_the_host():
     for name in logged(capturable()):
         job = compose([f"method={name}", f"env={place(name)}", "size=smoke", "logger=none", "hardware=gpu"], BOOK)
