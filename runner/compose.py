@@ -8,6 +8,7 @@ command line. The result is a plain dict that holds every value, also the defaul
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from typing import NamedTuple
@@ -79,14 +80,7 @@ def compose(words: list[str], book: catalogue.Catalogue) -> Job:
     policy = book.policy(methods, chosen.get("policy", ""), env)
 
     size = chosen.get("size", "claim")
-    weak = []
-    kind = catalogue.stream_kind(methods, env)
-    has = {f"method.{k.name}" for k in catalogue.composed_knobs(methods)}
-    has |= {f"policy.{k.name}" for k in catalogue.knobs(policy)} if policy else set()
-    weak += [f"++{k}={json.dumps(v)}" for k, v in env.sizes.get(size, {}).get(kind, {}).items()
-             if k in has or not k.startswith(("method.", "policy."))]  # an env's advice for settings that are not there
-    for entry in [policy, *methods] if policy else methods:
-        weak += [f"++{k}={json.dumps(v)}" for k, v in entry.sizes.get(size, {}).items()]
+    weak = [f"++{k}={json.dumps(v)}" for k, v in of_size(methods, env, policy, size)]
     strong = []
     if ":" in chosen["env"]:  # env=NAME:VALUE
         strong.append(f"++env.{env.card['argument']}={json.dumps(env.values[env.card['argument']])}")
@@ -101,6 +95,17 @@ def compose(words: list[str], book: catalogue.Catalogue) -> Job:
         strong.append(word if word[0] in "~" else f"++{bare}={value}")
     raw = _hydra(methods, env, policy, weak + strong)
     return _finish(raw, methods, env, policy, size)
+
+
+def of_size(methods, env, policy, size: str) -> list[tuple[str, object]]:
+    """(key, value) of everything that the entries say of this size, later over earlier: the env, the policy, the methods."""
+    has = {f"method.{k.name}" for k in catalogue.composed_knobs(methods)}
+    has |= {f"policy.{k.name}" for k in catalogue.knobs(policy)} if policy else set()
+    out = [(k, v) for k, v in env.sizes.get(size, {}).get(catalogue.stream_kind(methods, env), {}).items()
+           if k in has or not k.startswith(("method.", "policy."))]  # an env's advice for settings that are not there
+    for entry in [policy, *methods] if policy else methods:
+        out += entry.sizes.get(size, {}).items()
+    return out
 
 
 def _is_sweep(word: str) -> bool:
@@ -131,6 +136,16 @@ def _check_key(key, methods, env, policy):
         raise unknown("key", key, known, f"`python -m runner show {of}` lists its settings")
 
 
+@functools.cache
+def _leave_out_hydras_own():
+    """Hydra's settings of itself without their files (launcher, sweeper, logging, help pages): nobody reads them, and they take
+    half of the time that composing takes."""
+    from hydra.conf import HydraConf
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(group="hydra", name="config", node=HydraConf(defaults=[]), provider="hydra")
+
+
 def _hydra(methods, env, policy, overrides) -> dict:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -139,6 +154,7 @@ def _hydra(methods, env, policy, overrides) -> dict:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    _leave_out_hydras_own()
     choices = []
     store = ConfigStore.instance()
     for group, entry in (("method", methods[0]), ("env", env), *([("+policy", policy)] if policy else [])):
