@@ -158,9 +158,8 @@ def _hydra(methods, env, policy, overrides) -> dict:
     choices = []
     store = ConfigStore.instance()
     for group, entry in (("method", methods[0]), ("env", env), *([("+policy", policy)] if policy else [])):
-        if entry.family == "include":
-            store.store(group=f"{entry.kind}/include", name=entry.name, node={"card": {}, **entry.values})
-        choices.append(f"{group}={entry.family}/{entry.name}")
+        store.store(group=f"{entry.kind}/read", name=entry.name, node=dict(entry.values))  # without the card, which takes longer
+        choices.append(f"{group}=read/{entry.name}")
     said: dict[str, tuple] = {key: (value, methods[0].name) for key, value in methods[0].values.items()}
     for entry in methods[1:]:  # a+b: b's changed values over a's
         for key, value in entry.values.items():
