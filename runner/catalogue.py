@@ -259,10 +259,11 @@ def knobs(entry: Entry) -> list[Knob]:
     return composed_knobs([entry])
 
 
-def _own_knobs(cls: Class) -> list[Knob]:
-    return [_knob(line, cls.path) for node in cls.node.body
-            if isinstance(node, ast.ClassDef) and node.name == "Config"
-            for line in node.body if isinstance(line, ast.AnnAssign)]
+@functools.cache
+def _own_knobs(cls: Class) -> tuple[Knob, ...]:
+    return tuple(_knob(line, cls.path) for node in cls.node.body
+                 if isinstance(node, ast.ClassDef) and node.name == "Config"
+                 for line in node.body if isinstance(line, ast.AnnAssign))
 
 
 def composed_knobs(entries: list[Entry]) -> list[Knob]:

@@ -7,7 +7,9 @@ command line. The result is a plain dict that holds every value, also the defaul
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import hashlib
 import json
 from typing import NamedTuple
@@ -79,15 +81,8 @@ def compose(words: list[str], book: catalogue.Catalogue) -> Job:
     policy = book.policy(methods, chosen.get("policy", ""), env)
 
     size = chosen.get("size", "claim")
-    weak = []
-    kind = catalogue.stream_kind(methods, env)
-    has = {f"method.{k.name}" for k in catalogue.composed_knobs(methods)}
-    has |= {f"policy.{k.name}" for k in catalogue.knobs(policy)} if policy else set()
-    weak += [f"++{k}={json.dumps(v)}" for k, v in env.sizes.get(size, {}).get(kind, {}).items()
-             if k in has or not k.startswith(("method.", "policy."))]  # an env's advice for settings that are not there
-    for entry in [policy, *methods] if policy else methods:
-        weak += [f"++{k}={json.dumps(v)}" for k, v in entry.sizes.get(size, {}).items()]
-    strong = []
+    weak = [f"++{k}={json.dumps(v)}" for k, v in of_size(methods, env, policy, size)]
+    profiles, strong = [], []
     if ":" in chosen["env"]:  # env=NAME:VALUE
         strong.append(f"++env.{env.card['argument']}={json.dumps(env.values[env.card['argument']])}")
     for (key, value), word in zip(given, words):
@@ -95,12 +90,23 @@ def compose(words: list[str], book: catalogue.Catalogue) -> Job:
         if bare in catalogue.KINDS:
             continue
         if bare in ("hardware", "size", "logger"):
-            strong.append(f"{bare}={value}")
+            profiles.append(f"{bare}={value}")
             continue
         _check_key(bare, methods, env, policy)
         strong.append(word if word[0] in "~" else f"++{bare}={value}")
-    raw = _hydra(methods, env, policy, weak + strong)
+    raw = _hydra(methods, env, policy, profiles + weak, strong)
     return _finish(raw, methods, env, policy, size)
+
+
+def of_size(methods, env, policy, size: str) -> list[tuple[str, object]]:
+    """(key, value) of everything that the entries say of this size, later over earlier: the env, the policy, the methods."""
+    has = {f"method.{k.name}" for k in catalogue.composed_knobs(methods)}
+    has |= {f"policy.{k.name}" for k in catalogue.knobs(policy)} if policy else set()
+    out = [(k, v) for k, v in env.sizes.get(size, {}).get(catalogue.stream_kind(methods, env), {}).items()
+           if k in has or not k.startswith(("method.", "policy."))]  # an env's advice for settings that are not there
+    for entry in [policy, *methods] if policy else methods:
+        out += entry.sizes.get(size, {}).items()
+    return out
 
 
 def _is_sweep(word: str) -> bool:
@@ -131,33 +137,57 @@ def _check_key(key, methods, env, policy):
         raise unknown("key", key, known, f"`python -m runner show {of}` lists its settings")
 
 
-def _hydra(methods, env, policy, overrides) -> dict:
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
+@functools.cache
+def _leave_out_hydras_own():
+    """Hydra's settings of itself without their files (launcher, sweeper, logging, help pages): nobody reads them, and they take
+    half of the time that composing takes."""
+    from hydra.conf import HydraConf
     from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(group="hydra", name="config", node=HydraConf(defaults=[]), provider="hydra")
+
+
+def _hydra(methods, env, policy, shared, own) -> dict:
+    """`shared`: overrides that other runs of these entries have, too; `own`: those of the command line."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    choices = []
-    store = ConfigStore.instance()
-    for group, entry in (("method", methods[0]), ("env", env), *([("+policy", policy)] if policy else [])):
-        if entry.family == "include":
-            store.store(group=f"{entry.kind}/include", name=entry.name, node={"card": {}, **entry.values})
-        choices.append(f"{group}={entry.family}/{entry.name}")
+    entries = [("method", methods[0]), ("env", env), *([("+policy", policy)] if policy else [])]
+    shared = list(shared)
     said: dict[str, tuple] = {key: (value, methods[0].name) for key, value in methods[0].values.items()}
     for entry in methods[1:]:  # a+b: b's changed values over a's
         for key, value in entry.values.items():
             before, name = said.setdefault(key, (value, entry.name))
             if before != value:
                 raise UserError(f"{name} + {entry.name}: both set '{key}', differently; they cannot be combined")
-            choices.append(f"++method.{key}={json.dumps(value)}")
+            shared.insert(0, f"++method.{key}={json.dumps(value)}")
     try:
-        with initialize_config_dir(str(catalogue.CONF), version_base="1.3"):
-            return OmegaConf.to_container(hydra_compose("config", overrides=choices + overrides), resolve=True)
+        # Hydra takes 30 ms for a composition and 3 for the words of one run: the runs of a sweep share the rest.
+        config = copy.deepcopy(_composed(tuple((group, e.kind, e.name, json.dumps(e.values)) for group, e in entries),
+                                         tuple(shared)))
+        ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(own), config)
+        return OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         reason = str(error.__cause__ or error).strip().splitlines()
         raise UserError("this configuration cannot be composed: " + "; ".join(reason[:2])) from None
+
+
+@functools.lru_cache(64)
+def _composed(entries: tuple, overrides: tuple):
+    """Hydra's composition of (group, kind, name, values) of each entry. Values are put in place of the yaml, whose card would
+    take longer than they do."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+
+    _leave_out_hydras_own()
+    for _, kind, name, values in entries:
+        ConfigStore.instance().store(group=f"{kind}/read", name=name, node=json.loads(values))
+    with initialize_config_dir(str(catalogue.CONF), version_base="1.3"):
+        return hydra_compose("config", overrides=[*(f"{group}=read/{name}" for group, _, name, _ in entries), *overrides])
 
 
 def _finish(raw: dict, methods, env, policy, size) -> Job:

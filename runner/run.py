@@ -233,15 +233,15 @@ def make_fabric(hardware: dict):
     """Lightning Fabric for one device, or for this rank of a launched group (torchrun's variables tell)."""
     import logging
 
-    from lightning.fabric import Fabric
+    from runner.fabric import fabric_class
 
     for name in ("lightning.fabric", "lightning.pytorch", "lightning.fabric.utilities.rank_zero",
                  "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     devices = int(os.environ.get("WORLD_SIZE", 1))
     strategy = "ddp" if devices > 1 else "auto"
-    fabric = Fabric(accelerator=hardware["accelerator"], devices=devices, strategy=strategy,
-                    precision=hardware["precision"])
+    fabric = fabric_class()(accelerator=hardware["accelerator"], devices=devices, strategy=strategy,
+                            precision=hardware["precision"])
     fabric.launch()
     return fabric
 

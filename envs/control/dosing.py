@@ -101,8 +101,9 @@ class NearestCopies(DosingCopies):
         return log["next_observation"][row], log["reward"][row], log["cost"][row], log["terminated"][row]
 
 
+@functools.lru_cache(2)
 def logged(steps: int, seed: int) -> dict[str, np.ndarray]:
-    """The first `steps` steps of the behaviour's episodes, as columns."""
+    """The first `steps` steps of the behaviour's episodes, as columns; the worlds of a process share them."""
     generator, rows = np.random.default_rng(seed), []
     while len(rows) < steps:
         state, start, dead, t = first(generator), True, False, 0
@@ -150,6 +151,11 @@ class Support:
         return torch.cat(parts) < self.threshold
 
 
+@functools.lru_cache(1)
+def supported(steps: int) -> Support:
+    return Support(logged(steps, LOG_SEED), logged(1000, SECOND_SEED))
+
+
 class Dosing(ControlWorld):
     @dataclasses.dataclass(frozen=True)
     class Config(ControlWorld.Config):
@@ -175,7 +181,7 @@ class Dosing(ControlWorld):
 
     @functools.cached_property
     def support(self) -> Support:
-        return Support(self.log, logged(1000, SECOND_SEED))
+        return supported(self.config.logged_steps)
 
     def copies(self, number, **options):
         if options:

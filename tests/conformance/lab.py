@@ -1,17 +1,27 @@
-"""A method under test: assembled at size=smoke on the smallest env that fits, run for some updates, fingerprinted."""
+"""A method under test: assembled at size=smoke on the smallest env that fits, run for some updates, fingerprinted.
+
+Two runs serve most tests of a method: `course`, which nothing disturbs, and `interrupted`, which is evaluated, stopped and
+continued. Both are kept as bits and numbers."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import json
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from runner import catalogue
 from runner.catalogue import Catalogue
+from runner.checkpoint import Checkpoints
 from runner.compose import compose, identity
+from runner.interface import Spec
+from runner.loop import Loop, aside, seed_everything
 from runner.run import assemble
+from runner.settings import Loop as Settings
 
 BOOK = Catalogue()
 METHODS = BOOK.names("method")
@@ -34,14 +44,14 @@ def words_for(name: str, *overrides: str, env: str = "") -> list[str]:
 
 
 @functools.cache
-def _composed(name: str, env: str):
+def composed(name: str, env: str):
     return compose(words_for(name, env=env), BOOK)
 
 
 def assembled(name: str, *overrides: str, env: str = ""):
     """Composed once for a method and env; overrides are put in afterwards, checked, which is what Hydra would do with them
     at a hundred times the cost."""
-    job = _composed(name, env)
+    job = composed(name, env or smallest(name))
     config = json.loads(json.dumps(job.config))
     schemas = {"method": catalogue.composed_knobs(job.methods), "env": catalogue.knobs(job.env)}
     for word in overrides:
@@ -66,18 +76,81 @@ def train(method, stream, updates: int) -> list[dict]:
     return out
 
 
-def weights(method) -> dict[str, torch.Tensor]:
-    return {k: v.detach().clone() for k, v in method.state_dict().items()}
+def bits(method) -> dict[str, bytes]:
+    """For each tensor of the state what is equal where its bits are, and small enough to be kept."""
+    return {k: hashlib.blake2b(f"{v.dtype}{tuple(v.shape)}".encode() + v.detach().contiguous().numpy().tobytes()).digest()
+            for k, v in method.state_dict().items()}
 
 
-def digest(method) -> str:
-    """The state's bits, in short."""
-    out = hashlib.blake2b()
-    for key, value in method.state_dict().items():
-        out.update(key.encode() + value.detach().contiguous().numpy().tobytes())
-    return out.hexdigest()
+def samples(method) -> list | None:
+    """What a method that generates makes of three noises; its methods may differ in nothing else."""
+    shape = getattr(getattr(method, "spec", None), "sample_shape", None)
+    if not shape:
+        return None
+    g = torch.Generator().manual_seed(0)
+    return method.draw(torch.randn(3, *shape, generator=g), torch.zeros(3, dtype=torch.int64), g).x.tolist()
 
 
-def same(a: dict, b: dict) -> bool:
-    """Bit equality of two states."""
-    return a.keys() == b.keys() and all(a[k].shape == b[k].shape and torch.equal(a[k], b[k]) for k in a)
+class Course(NamedTuple):
+    spec: Spec           # of the world
+    returned: dict       # by the first update, as it was
+    metrics: list[dict]  # of every update, as numbers
+    states: list[dict]   # bits before the first update and after each
+    finite: bool         # whether the state was, all the time
+    exported: tuple      # (number of tensors, description)
+    samples: list | None  # of a method that generates, at the end
+
+
+def course(name: str, *overrides: str, env: str = "", updates: int = 12) -> Course:
+    """A run that nothing disturbs."""
+    return _course(name, overrides, env or smallest(name), updates)
+
+
+@functools.cache
+def _course(name, overrides, env, updates):
+    method, world, stream = assembled(name, *overrides, env=env)
+    returned, states, finite = [], [bits(method)], True
+    for _ in range(updates):
+        returned.append(method.update(stream.next()))
+        method.updates += 1
+        states.append(bits(method))
+        finite &= all(torch.isfinite(v).all().item() for v in method.state_dict().values() if v.is_floating_point())
+    tensors, description = method.export()
+    metrics = [{k: v.item() for k, v in line.items()} for line in returned]
+    return Course(world.spec(), returned[0], metrics, states, finite, (len(tensors), description), samples(method))
+
+
+class Interrupted(NamedTuple):
+    states: dict[int, dict]  # bits after some numbers of updates
+    going_on: dict           # metrics of the update after saving
+    told: list[str]          # by the process that continued
+    continued: list[dict]    # metrics of its updates
+
+
+@functools.lru_cache(2)
+def interrupted(name: str) -> Interrupted:
+    """`course` again: evaluated after 2 updates, saved after 5; then loaded into a fresh process's worth of objects, which
+    make 5 updates."""
+    with tempfile.TemporaryDirectory() as folder:
+        def new() -> Loop:
+            return Loop(*assembled(name), Settings(steps=10), seed=0, checkpoints=Checkpoints(Path(folder)))
+
+        loop = new()
+        states = {}
+        train(loop.method, loop.stream, 2)
+        states[2] = bits(loop.method)
+        with aside():
+            loop.world.evaluate(loop.method, 0)
+            loop.world.validate(loop.method)
+        train(loop.method, loop.stream, 2)
+        states[4] = bits(loop.method)
+        train(loop.method, loop.stream, 1)
+        loop.step = 5
+        loop.save()
+        going_on, = train(loop.method, loop.stream, 1)
+        seed_everything(99)
+        loop = new()
+        told = loop.resume()
+        continued = train(loop.method, loop.stream, 5)
+        states[10] = bits(loop.method)
+    return Interrupted(states, going_on, told, continued)

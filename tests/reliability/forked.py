@@ -1,7 +1,8 @@
-"""Runs jobs in forked children and kills them: `python forked.py RUNS WORD …` (a helper of test_kill.py).
+"""Runs jobs in forked children and kills them (a helper of test_kill.py).
 
-Imports torch and Lightning once, then for each job: one child runs it undisturbed in RUNS/whole; in RUNS/broken one
-child is killed with SIGKILL as soon as it has logged a random number of lines, again and again, until one finishes.
+Reads a job a line from stdin, [RUNS, kills, seed, WORD, …], and answers each with a line of json. Imports are made once, here;
+then one child runs the job undisturbed in RUNS/whole; in RUNS/broken one child is killed with SIGKILL as soon as it has logged
+a random number of lines, again and again, until one finishes.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from runner.catalogue import Catalogue, load_class  # noqa: E402
+from runner.compose import compose  # noqa: E402
+from runner.fabric import fabric_class  # noqa: E402
+from runner.run import execute, folder_of  # noqa: E402
+
 
 def child(words: list[str]) -> int:
     pid = os.fork()
     if pid == 0:
         code = 1
+        os.dup2(2, 1)  # stdout is for answers
         try:
-            from runner.catalogue import Catalogue
-            from runner.compose import compose
-            from runner.run import execute
             execute(compose(words, Catalogue()), quiet=True)
             code = 0
         except BaseException:
@@ -40,29 +44,37 @@ def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def main(runs: Path, words: list[str], kills: int, seed: int):
-    import lightning.fabric  # noqa: F401
-
-    from runner.catalogue import Catalogue
-    from runner.compose import compose
-    from runner.run import folder_of
-
-    assert os.waitpid(child([*words, f"runs={runs / 'whole'}"]), 0)[1] == 0
-    broken = [*words, f"runs={runs / 'broken'}"]
-    folder = folder_of(compose(broken, Catalogue()))
+def run(runs: Path, kills: int, seed: int, words: list[str]) -> dict:
+    broken = compose([*words, f"runs={runs / 'broken'}"], Catalogue())
+    for entry in (*broken.methods, broken.env):  # imported once, not by every child
+        load_class(entry)
+    assert os.waitpid(child([*words, f"runs={runs / 'whole'}"]), 0)[1] == 0, "the undisturbed run failed"
+    folder = folder_of(broken)
     total = lines(runs / "whole" / folder.name / "metrics.jsonl")
     dice, killed = random.Random(seed), []
+    words = [*words, f"runs={runs / 'broken'}"]
     for target in sorted(dice.sample(range(2, total - 1), kills)):
-        pid = child(broken)
+        pid = child(words)
         while lines(folder / "metrics.jsonl") < target:
             assert os.waitpid(pid, os.WNOHANG)[0] == 0, "the child ended before it could be killed"
-            time.sleep(0.0005)
+            time.sleep(0.002)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         killed.append(lines(folder / "metrics.jsonl"))
-    assert os.waitpid(child(broken), 0)[1] == 0
-    print(json.dumps({"killed_after_lines": killed, "lines": total, "folder": folder.name}))
+    assert os.waitpid(child(words), 0)[1] == 0, "the run that was killed did not end well"
+    return {"killed_after_lines": killed, "lines": total, "folder": folder.name}
+
+
+def main():
+    fabric_class()
+    for line in sys.stdin:
+        runs, kills, seed, *words = json.loads(line)
+        try:
+            answer = run(Path(runs), kills, seed, words)
+        except AssertionError as error:
+            answer = {"error": str(error)}
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[4:], int(sys.argv[2]), int(sys.argv[3]))
+    main()

@@ -21,31 +21,43 @@ def bits(folder: Path) -> tuple[bytes, bytes]:
 
 
 JOBS = {
-    # the replay buffer wraps around (capacity 600 < 900 steps), episodes end, and MuJoCo's state is restored
-    "td3": ["method=td3", "env=halfcheetah", "size=smoke", "loop.steps=900", "env.capacity=600", "method.hidden=[32,32]"],
-    "ddpg": ["method=ddpg", "env=pendulum", "size=smoke", "loop.steps=900", "env.copies=2", "method.hidden=[32,32]"],
-    "adpo": ["method=adpo", "env=pointmass", "size=smoke", "loop.steps=900", "loop.select=best", "loop.validate_every=30"],
+    # the replay buffer wraps around (capacity 300 < 450 steps), episodes end, and MuJoCo's state is restored
+    "td3": ["method=td3", "env=halfcheetah", "size=smoke", "loop.steps=450", "env.capacity=300", "method.hidden=[32,32]"],
+    "ddpg": ["method=ddpg", "env=pendulum", "size=smoke", "loop.steps=450", "env.copies=2", "method.hidden=[32,32]"],
+    "adpo": ["method=adpo", "env=pointmass", "size=smoke", "loop.steps=450", "loop.select=best", "loop.validate_every=15"],
     "adpo_on_policy": ["method=adpo", "method.anchor=on_policy", "env.passes=3", "env=pointmass", "size=smoke",
-                       "loop.steps=900"],
+                       "loop.steps=450"],
     # killed before, at and after the switch; the replay wraps around; probes are part of the state
-    "wsrl": ["method=wsrl", "env=pointmass_medium", "size=smoke", "loop.steps=900", "method.offline_updates=300",
-             "method.warmup=100", "env.capacity=400", "env.probe_steps=50", "method.retained=0.25", "method.critics=3",
+    "wsrl": ["method=wsrl", "env=pointmass_medium", "size=smoke", "loop.steps=450", "method.offline_updates=150",
+             "method.warmup=50", "env.capacity=200", "env.probe_steps=50", "method.retained=0.25", "method.critics=3",
              "method.hidden=[16,16]"],
-    "rlpd": ["method=rlpd", "env=pointmass_medium", "size=smoke", "loop.steps=900", "env.copies=2", "method.hidden=[16,16]"],
-    "kd": ["method=kd", "env=pointmass", "size=smoke", "loop.steps=900"],
-    "ppo": ["method=ppo", "env=hopper", "size=smoke", "loop.steps=200"],
-    "ogsrl": ["method=ogsrl", "env=dosing", "size=smoke", "loop.steps=200"],
-    "orpo": ["method=orpo_occupancy", "env=tomato", "size=smoke", "loop.steps=200", "method.discriminator_hidden=[16]"],
+    "rlpd": ["method=rlpd", "env=pointmass_medium", "size=smoke", "loop.steps=450", "env.copies=2", "method.hidden=[16,16]"],
+    "kd": ["method=kd", "env=pointmass", "size=smoke", "loop.steps=450"],
+    "ppo": ["method=ppo", "env=hopper", "size=smoke", "loop.steps=100"],
+    "ogsrl": ["method=ogsrl", "env=dosing", "size=smoke", "loop.steps=100"],
+    "orpo": ["method=orpo_occupancy", "env=tomato", "size=smoke", "loop.steps=100", "method.discriminator_hidden=[16]"],
 }
 
 
+@pytest.fixture(scope="module")
+def killer(tmp_path_factory):
+    """killer(folder, words) -> what forked.py tells of it; one process for all jobs, since its imports take seconds."""
+    said = tmp_path_factory.mktemp("killer") / "stderr"
+    with said.open("w") as stderr, subprocess.Popen([sys.executable, str(FORKED)], stdin=subprocess.PIPE, text=True,
+                                                    stdout=subprocess.PIPE, stderr=stderr, cwd=said.parent) as process:
+        def call(folder, words) -> dict:
+            print(json.dumps([str(folder), 3, os.getpid() % 1000, *words]), file=process.stdin, flush=True)
+            told = json.loads(process.stdout.readline() or '{"error": "forked.py ended"}')
+            assert "error" not in told, f"{told['error']}\n{said.read_text()[-3000:]}"
+            return told
+
+        yield call
+        process.kill()
+
+
 @pytest.mark.parametrize("name", JOBS)
-def test_kill_9_and_again_is_bit_identical(name, tmp_path):
-    words = [*JOBS[name], "loop.log_every=10", "loop.save_steps=35", "loop.save_seconds=0", "logger=none"]
-    done = subprocess.run([sys.executable, str(FORKED), str(tmp_path), "3", str(os.getpid() % 1000), *words], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
+def test_kill_9_and_again_is_bit_identical(name, killer, tmp_path):
+    told = killer(tmp_path, [*JOBS[name], "loop.log_every=5", "loop.save_steps=17", "loop.save_seconds=0", "logger=none"])
     whole, broken = tmp_path / "whole" / told["folder"], tmp_path / "broken" / told["folder"]
     assert bits(whole) == bits(broken), told
     events = [json.loads(line)["event"] for line in (broken / "events.jsonl").read_text().splitlines()]

@@ -10,18 +10,24 @@ from pathlib import Path
 
 import pytest
 
+from runner.catalogue import Catalogue
+from runner.compose import compose
+from runner.run import execute
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(tmp_path, *words, world="pointmass", devices=2, accelerator="cpu"):
     tmp_path.mkdir(exist_ok=True)
+    words = [*words, f"env={world}", "size=smoke", "loop.steps=12", "loop.save_steps=5", "loop.log_every=2", "logger=none",
+             f"hardware.devices={devices}", f"hardware.accelerator={accelerator}", f"runs={tmp_path}"]
+    if devices == 1:  # in this process: its imports are made
+        execute(compose(words, Catalogue()), quiet=True)
+        return next(tmp_path.iterdir())
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "runner", *words, f"env={world}", "size=smoke", "loop.steps=12",
-                           "loop.save_steps=5", "loop.log_every=2", f"hardware.devices={devices}",
-                           f"hardware.accelerator={accelerator}",
-                           "logger=none", "--quiet", f"runs={tmp_path}"],
-                          env=env, capture_output=True, text=True, cwd=tmp_path, timeout=240)
+    done = subprocess.run([sys.executable, "-m", "runner", *words, "--quiet"], env=env, capture_output=True, text=True,
+                          cwd=tmp_path, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return next(tmp_path.iterdir())
 

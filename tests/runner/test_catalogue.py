@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import pytest
@@ -88,6 +89,13 @@ def test_cards_of_envs(entry):
         assert set(size) <= set(entry.provides)
 
 
+@functools.cache
+def every_key() -> set[str]:
+    every = {"method": METHODS, "env": ENVS, "policy": BOOK.all("policy")}
+    return ({f"{s}.{k.name}" for s, c in SECTIONS.items() for k in knobs_of(c)}
+            | {f"{kind}.{k.name}" for kind, entries in every.items() for e in entries for k in catalogue.knobs(e)})
+
+
 @pytest.mark.parametrize("entry", METHODS + ENVS, ids=by_name)
 def test_values_of_yaml_are_settings(entry):
     knobs = {k.name: k for k in catalogue.knobs(entry)}
@@ -95,14 +103,10 @@ def test_values_of_yaml_are_settings(entry):
         assert key in knobs, f"{entry.yaml}: '{key}' is no setting"
         value = knobs[key].check(value, entry.kind)
         assert entry.kind == "env" or value != knobs[key].default, f"{entry.yaml}: '{key}' repeats the default"
-    every_method = {f"method.{k.name}" for m in METHODS for k in catalogue.knobs(m)}
-    known = {f"{s}.{k.name}" for s, c in SECTIONS.items() for k in knobs_of(c)} | every_method
-    known |= {f"env.{k.name}" for e in ENVS for k in catalogue.knobs(e)}
-    known |= {f"policy.{k.name}" for p in BOOK.all("policy") for k in catalogue.knobs(p)}
     for size in entry.sizes.values():
         rows = size.values() if entry.kind == "env" else [size]
         for row in rows:
-            assert set(row) <= known, f"{entry.yaml}: {set(row) - known}"
+            assert set(row) <= every_key(), f"{entry.yaml}: {set(row) - every_key()}"
 
 
 def test_every_py_has_its_yaml_and_the_reverse():
