@@ -118,11 +118,18 @@ def step(kind: str, x: Tensor, v: Tensor, t: Tensor, to: Tensor, amount: float =
     return move(x, v, coefficients(kind, t, to, amount, first))
 
 
-def log_prob(x: Tensor, at: Step, dims: int = 1) -> Tensor:
-    """log N(x; mean, std^2), its mean over everything but the first `dims` axes (not the sum: DDPO's and Flow-GRPO's
-    convention, to which their clip ranges belong)."""
+def log_prob(x: Tensor, at: Step, dims: int = 1, over: str = "mean") -> Tensor:
+    """log N(x; mean, std^2) over everything but the first `dims` axes (see `aggregate`)."""
     z = (x - at.mean) / at.std
-    return (-0.5 * z.square() - at.std.log() - 0.5 * math.log(2 * math.pi)).flatten(dims).mean(-1)
+    return aggregate(-0.5 * z.square() - at.std.log() - 0.5 * math.log(2 * math.pi), dims, over)
+
+
+def aggregate(values: Tensor, dims: int, over: str) -> Tensor:
+    """One number from the D behind the first `dims` axes: their mean (DDPO's and Flow-GRPO's convention, to which their clip
+    ranges belong), their sum (a density's), or the sum over sqrt(D), whose deviation does not depend on D."""
+    values = values.flatten(dims)
+    mean = values.mean(-1)
+    return mean if over == "mean" else mean * values.shape[-1] ** (1.0 if over == "sum" else 0.5)
 
 
 def features(t: Tensor, octaves: int = 8) -> Tensor:

@@ -24,7 +24,7 @@ eps does not carry over from Flow-GRPO: Std log r^ = rms(dmu) / sqrt(D). Officia
 rule that works is 0.5 to 1 times the median deviation of the log-ratio after one batch (metric ratio_deviation).
 Differences from the official code: see `bias` (its dims are those of an array reduced before, which an author confirmed in the
 public tracker); it divides by h alone, whatever the sampler. Another public implementation has no
-1 / h. With summed log-probabilities E r = 1 and there is nothing to mend.
+1 / h. With summed log-probabilities (log_prob_over=sum) E r = 1 and there is nothing to mend but E log r < 0.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import dataclasses
 
 from torch import Tensor
 
+from methods.diffusion import flow
 from methods.diffusion.policy_gradient import FlowPolicy
 from runner.interface import knob
 
@@ -52,9 +53,9 @@ class GRPOGuard(FlowPolicy):
             return super().log_ratio(rows)
         moved = rows.now.mean - rows.mean
         if self.config.bias == "row":  # z . dmu / D itself: the same number and gradient, without the cancellation
-            return ((rows.next - rows.mean) * moved).flatten(2).mean(2) / rows.std[:, None]
-        bias = (moved.square() / (2 * rows.now.std.square())).mean((1, *range(2, moved.dim())))
-        return rows.std[:, None] * (super().log_ratio(rows) + bias[:, None])
+            return flow.aggregate((rows.next - rows.mean) * moved, 2, self.config.log_prob_over) / rows.std[:, None]
+        bias = flow.aggregate(moved.square() / (2 * rows.now.std.square()), 2, self.config.log_prob_over)
+        return rows.std[:, None] * (super().log_ratio(rows) + bias.mean(1, keepdim=True))
 
     def step_weight(self, rows) -> Tensor:
         if not self.config.reweigh:

@@ -11,7 +11,7 @@ numbers in all.
      2. reward       R_i of the finished sample, (N,); the world's proxy                                       (additive)
      3. advantage    A_i = (R_i - mean_g R) / (std + 1e-4), std of the group or the batch, cut to [-5, 5]; one for all steps
      4. transition   the Gaussian steps' coefficients over the grid (methods/diffusion/flow.py)
-     5. log_prob     log p_j, the mean over D, not the sum: clip ranges belong to that (-mean (x - mu)^2 under cps)
+     5. log_prob     log p_j, the mean over D (`log_prob_over`), to which clip ranges belong; -mean (x - mu)^2 under cps
      6. log_ratio    log r = log p_theta - log p_old, (steps, n)
      7. surrogate    max(-A (r - 1), -A clip(r - 1, -eps, eps)), (steps, n): the usual one less a constant, exact for small eps
      8. step_weight  of each step's loss, (steps,); 1
@@ -80,6 +80,8 @@ class FlowPolicy(Generator):
         steps: int = knob(10, "T: of a rollout", low=2, source="paper")
         noise_level: float = knob(0.7, "a: of the stochastic steps", low=1e-6, source="paper")
         sde: str = knob("flow", "kind of the stochastic steps", choices=["flow", "dance", "cps", "ddim"])
+        log_prob_over: str = knob("mean", "how a step's log-probability is made of its D numbers' (with sum, no ratio is biased)",
+                                  choices=["mean", "sum", "root"], source="paper")
         window: int = knob(0, "stochastic and trained steps; the others are an ODE's. 0: all but the last are trained", low=0)
         window_start: int = knob(0, "the first of them", low=0, when={"window": 1})
         minibatches: int = knob(4, "optimiser steps a pass", low=1)
@@ -258,8 +260,8 @@ class FlowPolicy(Generator):
 
     def log_prob(self, x: Tensor, at: flow.Step, dims: int) -> Tensor:
         if self.config.sde == "cps":
-            return -(x - at.mean).square().flatten(dims).mean(-1)
-        return flow.log_prob(x, at, dims)
+            return flow.aggregate(-(x - at.mean).square(), dims, self.config.log_prob_over)
+        return flow.log_prob(x, at, dims, self.config.log_prob_over)
 
     def log_ratio(self, rows: Rollouts) -> Tensor:
         return self.log_prob(rows.next, rows.now, 2) - rows.log_prob

@@ -198,6 +198,26 @@ def test_guards_ratio_has_mean_zero_and_no_scale_left(sde):
     assert (ours.mean(1).abs() < 5 * noise * rows.std).all()
 
 
+@pytest.mark.parametrize(("over", "factor"), [("sum", 32.0), ("root", 32.0 ** 0.5)])
+def test_log_probabilities_may_be_summed(over, factor):
+    """Of D = 32 numbers: D and sqrt(D) times the mean, in Flow-GRPO's ratio and in Guard's."""
+    for cls in (FlowGRPO, GRPOGuard):
+        usual, other = (policy(cls, points=16, log_prob_over=o) for o in ("mean", over))
+        torch.testing.assert_close(other.log_ratio(moved(other)), factor * usual.log_ratio(moved(usual)), rtol=1e-3, atol=1e-4)
+
+
+def test_the_ratio_of_sums_is_unbiased_and_that_of_means_is_not():
+    """E r = 1 with the sum, exp(-(delta^2 / 2)(1 - 1/D)) with the mean; delta is the same for all samples of a constant move."""
+    g, d, n = torch.Generator().manual_seed(0), 8, 200_000
+    z, delta = torch.randn(n, d, generator=g), 0.6
+    old, new = (flow.Step(torch.full((n, d), mean), torch.ones(()), torch.ones(())) for mean in (0.0, delta))
+    ratio = {}
+    for over in ("sum", "mean"):
+        ratio[over] = (flow.log_prob(z, new, 1, over) - flow.log_prob(z, old, 1, over)).exp().mean().item()
+    assert ratio["sum"] == pytest.approx(1, abs=0.05)
+    assert ratio["mean"] == pytest.approx(math.exp(-(delta ** 2 / 2) * (1 - 1 / d)), abs=2e-3)
+
+
 def test_guards_batch_bias_is_one_number_a_step():
     method = policy(GRPOGuard, points=16, bias="batch")
     rows = moved(method)
