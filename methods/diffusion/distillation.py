@@ -88,7 +88,7 @@ class Distillation(Generator):
     def setup(self, spec: Spec):
         super().setup(spec)
         c = self.config
-        self.fake = self.blueprint.build(spec)
+        self.fake, self.begun = self.blueprint.build(spec), False
         self.mixture = None if self.keeps_start else spec.exact
         if c.teacher == "exact" and spec.exact is None:
             raise UserError("method.teacher=exact: this env knows no exact distribution\nenvs of mixtures do, such as ring; or "
@@ -111,12 +111,11 @@ class Distillation(Generator):
         return list(self.fake.parameters())
 
     def load_start(self, start: dict[str, Tensor]):
+        self.begun = bool(start)
         if self.config.initial == "start":
-            if not start:
-                raise UserError("method.initial=start: this env has no weights to start from (env.start=none)")
             super().load_start(start)
             self.fake.load_state_dict(self.network.state_dict())
-        elif start and self.reference is not None:
+        elif start and self.keeps_start:
             self.reference.load_state_dict(start)
 
     # -- denoisers
@@ -154,6 +153,9 @@ class Distillation(Generator):
     # -- learning
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch: x (n, *shape) real, condition (n,) int64."""
+        if self.starts and not self.begun:
+            raise UserError("there are no weights to start from or to learn from\nmethod.teacher and method.initial want those that "
+                            "the env offers: env.start=shipped or own, not none")
         moves = self.updates % self.config.ratio == 0
         rows = SimpleNamespace(real=batch["x"], condition=batch["condition"], told={})
         with torch.set_grad_enabled(moves):
