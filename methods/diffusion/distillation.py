@@ -154,8 +154,8 @@ class Distillation(Generator):
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch: x (n, *shape) real, condition (n,) int64."""
         if self.starts and not self.begun:
-            raise UserError("there are no weights to start from or to learn from\nmethod.teacher and method.initial want those that "
-                            "the env offers: env.start=shipped or own, not none")
+            raise UserError("there are no weights to start or to learn from\nmethod.teacher and method.initial want those "
+                            "that the env offers: env.start=shipped or own, not none")
         moves = self.updates % self.config.ratio == 0
         rows = SimpleNamespace(real=batch["x"], condition=batch["condition"], told={})
         with torch.set_grad_enabled(moves):
