@@ -12,6 +12,7 @@ from token_methods import bare
 from envs.generation.exact import Mixture
 from envs.generation.plane import ring
 from methods.diffusion import edm, flow
+from methods.diffusion.diff_instruct_star import DiffInstructStar
 from methods.diffusion.dmd import DMD
 from methods.diffusion.dmd2 import DMD2
 from methods.diffusion.mlp import MLP
@@ -212,3 +213,49 @@ def test_rewards_alone_raise_the_reward():
         method.updates += 1
     assert told[-1]["reward"] < told[0]["reward"] - 0.3 and "fake_loss" not in told[0]
     assert math.isfinite(told[-1]["reward"])
+
+
+# ---- Diff-Instruct* ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("level", [0.3, 0.6])
+def test_the_projected_loss_has_the_gradient_of_the_distance_of_scores(level):
+    """Normal teacher and student in the plane: L's gradient in the student's mean and deviation, against that of E d(s_theta -
+    s_real) at fixed x_t. s_fake - s_real = k (D_fake - D_real), k = (1 - t) / t^2; c is k times as large in scores."""
+    mean = torch.tensor([0.4, -0.2], requires_grad=True)
+    std = torch.tensor(0.8, requires_grad=True)
+    teacher = Mixture(torch.tensor([[-0.3, 0.1]]), 0.5, torch.ones(2, 1))
+    student = Mixture(mean.detach()[None], std.item(), torch.ones(2, 1))
+    spec = Spec(sample_shape=(2,), classes=1, exact=teacher)
+    method = made(DiffInstructStar, spec=spec, normaliser="none", huber=0.2, reward_weight=0.0)
+    method.denoise = lambda network, x, t, condition: student.denoise(x, t, condition)
+    n, k = 400_000, (1 - level) / level ** 2
+    method.levels = lambda name, number, whole: torch.full((number,), place(level, method))
+    rows = SimpleNamespace(condition=torch.zeros(n, dtype=torch.int64))
+    rows.x = mean + std * torch.randn(n, 2, generator=torch.Generator().manual_seed(0))
+    found = torch.autograd.grad(method.match(rows).mean(), (mean, std))
+    t = rows.t[0]
+    assert t.item() == pytest.approx(level, abs=1e-3)
+    variance = ((1 - level) * std) ** 2 + level ** 2
+    score = -(rows.x_t - (1 - level) * mean) / variance
+    real = -(rows.x_t - (1 - level) * teacher.means) / (((1 - level) * 0.5) ** 2 + level ** 2)
+    distance = ((score - real).square().sum(1) + 2 * (0.2 * k) ** 2).sqrt()
+    expected = torch.autograd.grad(distance.mean() / k, (mean, std))
+    torch.testing.assert_close(torch.cat([v.flatten() for v in found]), torch.cat([v.flatten() for v in expected]),
+                               rtol=0.02, atol=3e-3)
+
+
+def place(level, method):
+    """Where in the grid of levels the time `level` stands."""
+    a, b, s = (v ** (1 / 7) for v in (method.config.highest, method.config.lowest, level / (1 - level)))
+    return (s - a) / (b - a)
+
+
+def test_guidance_outside_adds_its_own_push():
+    """With y = 0 the distance has no gradient in x but guidance's: (w - 1) (D_u - D_c) w / …"""
+    method = made(DiffInstructStar, guided="outside", teacher_guidance=3.0, normaliser="none", reward_weight=0.0)
+    rows = SimpleNamespace(**batch())
+    method.denoise = lambda network, x, t, condition: method.taught(x, t, condition)
+    rows.x = rows.x.clone().requires_grad_()
+    pushed, = torch.autograd.grad(method.match(rows).sum(), rows.x)
+    none = method.taught(rows.x_t, rows.t, torch.full_like(rows.condition, 2))
+    torch.testing.assert_close(pushed, 2 * (none - rows.data), rtol=1e-3, atol=1e-3)
