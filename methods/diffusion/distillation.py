@@ -55,17 +55,17 @@ class Distillation(Generator):
                                     low=0.0, when={"sampler_steps": 4})
         sampler_steps: int = knob(1, "K: steps of generation", low=1)
         ratio: int = knob(1, "updates of the fake score for one of the generator", low=1)
-        fake_learning_rate: float = knob(1e-3, "the fake score's", low=0.0)
+        fake_learning_rate: float = knob(1e-3, "the fake score's", low=0.0, when={"match_weight": 1.0})
         momentum: float = knob(0.0, "beta1 of both optimisers", low=0.0, high=0.999)
         teacher: str = knob("auto", "the world's exact distribution, the network that it offers to start from, or the first "
-                            "where there is one", choices=["auto", "exact", "start"])
-        teacher_guidance: float = knob(1.0, "w: classifier-free guidance of the teacher; 1: none")
+                            "where there is one", choices=["auto", "exact", "start"], when={"match_weight": 1.0})
+        teacher_guidance: float = knob(1.0, "w: classifier-free guidance of the teacher; 1: none", when={"match_weight": 1.0})
         initial: str = knob("random", "first weights of generator and fake score", choices=["random", "start"])
         deviation: float = knob(1.0, "sd: of the data's coordinates", low=1e-3, when={"initial": ["random"]})
-        lowest: float = knob(0.02, "sigma of the lowest level", low=1e-4)
-        highest: float = knob(10.0, "sigma of the highest level", low=1e-2)
+        lowest: float = knob(0.02, "sigma of the lowest level", low=1e-4, when={"match_weight": 1.0})
+        highest: float = knob(10.0, "sigma of the highest level", low=1e-2, when={"match_weight": 1.0})
         match_weight: float = knob(1.0, "of the teacher's part in the loss; 0: none, and no score follows the generator", low=0.0)
-        normaliser: str = knob("dmd", "w: DMD's, or 1", choices=["dmd", "none"])
+        normaliser: str = knob("dmd", "w: DMD's, or 1", choices=["dmd", "none"], when={"match_weight": 1.0})
         reward_weight: float = knob(0.0, "of the world's differentiable proxies in the loss", low=0.0)
 
     PARTS = ("generate", "levels", "direction", "weight", "match", "gan", "reward", "fake_loss", "velocity", "guide",
@@ -75,11 +75,21 @@ class Distillation(Generator):
 
     @property
     def starts(self):
-        return self.config.initial == "start" or self.keeps_start
+        return self.config.initial == "start" or self.learns_from_start
 
     @property
-    def keeps_start(self):  # as the teacher
-        return self.config.teacher == "start" or self.config.teacher == "auto" and self.spec.exact is None
+    def asks_teacher(self) -> bool:
+        return self.config.match_weight > 0
+
+    @property
+    def learns_from_start(self) -> bool:
+        """Whether the teacher is the network that the world offers."""
+        c = self.config
+        return self.asks_teacher and (c.teacher == "start" or c.teacher == "auto" and self.spec.exact is None)
+
+    @property
+    def keeps_start(self):
+        return self.learns_from_start
 
     @property
     def period(self):
@@ -89,7 +99,7 @@ class Distillation(Generator):
         super().setup(spec)
         c = self.config
         self.fake, self.begun = self.blueprint.build(spec), False
-        self.mixture = None if self.keeps_start else spec.exact
+        self.mixture = None if self.learns_from_start else spec.exact
         if c.teacher == "exact" and spec.exact is None:
             raise UserError("method.teacher=exact: this env knows no exact distribution\nenvs of mixtures do, such as ring; or "
                             "take the network that it offers to start from: method.teacher=start")
@@ -115,7 +125,7 @@ class Distillation(Generator):
         if self.config.initial == "start":
             super().load_start(start)
             self.fake.load_state_dict(self.network.state_dict())
-        elif start and self.keeps_start:
+        elif start and self.learns_from_start:
             self.reference.load_state_dict(start)
 
     # -- denoisers

@@ -16,6 +16,7 @@ from methods.diffusion.diff_instruct_star import DiffInstructStar
 from methods.diffusion.dmd import DMD
 from methods.diffusion.dmd2 import DMD2
 from methods.diffusion.mlp import MLP
+from methods.diffusion.r0 import R0
 from runner.errors import UserError
 from runner.interface import Spec
 
@@ -259,3 +260,71 @@ def test_guidance_outside_adds_its_own_push():
     pushed, = torch.autograd.grad(method.match(rows).sum(), rows.x)
     none = method.taught(rows.x_t, rows.t, torch.full_like(rows.condition, 2))
     torch.testing.assert_close(pushed, 2 * (none - rows.data), rtol=1e-3, atol=1e-3)
+
+
+# ---- R0 ----------------------------------------------------------------------------------------------------------------------
+
+def rewarded(*proxies, **values):
+    spec = Spec(sample_shape=(2,), classes=2, exact=SPEC.exact, proxies=proxies)
+    start = {f"start/{k}": v for k, v in MLP(MLP.Config(width=16, depth=2)).build(SPEC).state_dict().items()}
+    return made(R0, spec=spec, start=start, **values)
+
+
+def test_a_random_share_of_the_noise_between_steps_is_fresh():
+    """`passed` at eta is the step `cps` at sin(a pi / 2) = eta."""
+    method = rewarded(lambda x, c: x[:, 0])
+    x, v, fresh, t, to = torch.randn(6, 2), torch.randn(6, 2), torch.randn(6, 2), torch.tensor(0.8), torch.tensor(0.4)
+    eta = torch.linspace(0, 1, 6)
+    method.noise = lambda name, shape, kind="normal": eta
+    found = method.passed(x, v, t, to, fresh, 0)
+    for i in range(6):
+        at = flow.step("cps", x[i:i + 1], v[i:i + 1], t, to, 2 / math.pi * math.asin(eta[i]))
+        torch.testing.assert_close(found[i:i + 1], at.mean + at.std * fresh[i:i + 1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_scale_of_a_reward_does_not_matter_to_its_weight():
+    gradients = []
+    for scale in (1.0, 1000.0):
+        method = rewarded(lambda x, c: scale * x[:, 0], lambda x, c: -x.square().sum(1))
+        rows = SimpleNamespace(**batch())
+        rows.x = rows.x.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(method.reward(rows), rows.x)[0])
+    torch.testing.assert_close(*gradients)
+    inward = -rows.x.detach() / rows.x.detach().norm(dim=1, keepdim=True)
+    torch.testing.assert_close(gradients[0] * -32, inward + torch.tensor([1.0, 0.0]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_anchor_pulls_to_the_start():
+    """Where the reward is flat, only the anchor moves the weights: by learning_rate lambda of the way."""
+    method = rewarded(lambda x, c: 0 * x[:, 0], anchor=20.0, learning_rate=1e-2, balance=False)
+    with torch.no_grad():
+        for p in method.network.parameters():
+            p.add_(1.0)
+    before, origin = weights(method.network), weights(method.reference)
+    method.update(batch())
+    torch.testing.assert_close(weights(method.network) - origin, (before - origin) * 0.8, rtol=1e-4, atol=1e-4)
+
+
+def test_every_step_of_a_few_step_generator_is_trained():
+    """The trained step's time, sample by sample, takes all K values; its input is what the current weights pass on."""
+    method, seen = rewarded(lambda x, c: x[:, 0], sampler_steps=3), []
+    denoise = method.denoise
+    method.denoise = lambda network, x, t, c: seen.append((t, torch.is_grad_enabled())) or denoise(network, x, t, c)
+    rows = SimpleNamespace(real=batch()["x"], condition=batch()["condition"])
+    method.generate(rows)
+    assert [graded for _, graded in seen] == [False, False, True]
+    assert {round(v, 4) for v in seen[-1][0].tolist()} == {1.0, 0.6667, 0.3333}
+    last = rewarded(lambda x, c: x[:, 0], sampler_steps=3, supervise="last")
+    last.denoise = lambda network, x, t, condition: seen.append((t, True)) or denoise(network, x, t, condition)
+    last.generate(rows)
+    assert {round(v, 4) for v in seen[-1][0].tolist()} == {0.3333}
+
+
+def test_guidance_as_a_reward_leans_towards_the_condition():
+    method = rewarded(lambda x, c: 0 * x[:, 0], teacher_guidance=3.0)
+    rows = SimpleNamespace(**batch())
+    rows.x = rows.x.clone().requires_grad_()
+    pushed, = torch.autograd.grad(method.implicit(rows), rows.x)
+    x_t, t, _ = method.noised("implicit", rows.x.detach())
+    lean = method.taught(x_t, t, rows.condition) - method.taught(x_t, t, torch.full_like(rows.condition, 2))
+    torch.testing.assert_close(pushed, -2 * lean * (1 - t)[:, None] / 64, rtol=1e-4, atol=1e-6)
