@@ -40,11 +40,12 @@ from torch import Tensor, nn
 from methods.common.networks import CosineRate, adam, frozen
 from methods.diffusion import edm, flow
 from methods.diffusion.base import Generator
+from methods.diffusion.teacher import Taught
 from runner.errors import UserError
 from runner.interface import Spec, knob
 
 
-class Distillation(Generator):
+class Distillation(Taught, Generator):
     @dataclasses.dataclass(frozen=True)
     class Config(Generator.Config):
         learning_rate: float = knob(3e-4, "the generator's", low=0.0)
@@ -74,18 +75,12 @@ class Distillation(Generator):
     MARGIN = 0.02  # of the grid of levels that the comparison leaves out at either end
 
     @property
-    def starts(self):
-        return self.config.initial == "start" or self.learns_from_start
-
-    @property
-    def asks_teacher(self) -> bool:
+    def asks_teacher(self):
         return self.config.match_weight > 0
 
     @property
-    def learns_from_start(self) -> bool:
-        """Whether the teacher is the network that the world offers."""
-        c = self.config
-        return self.asks_teacher and (c.teacher == "start" or c.teacher == "auto" and self.spec.exact is None)
+    def starts(self):
+        return self.config.initial == "start" or self.learns_from_start
 
     @property
     def keeps_start(self):
@@ -98,11 +93,8 @@ class Distillation(Generator):
     def setup(self, spec: Spec):
         super().setup(spec)
         c = self.config
-        self.fake, self.begun = self.blueprint.build(spec), False
-        self.mixture = None if self.learns_from_start else spec.exact
-        if c.teacher == "exact" and spec.exact is None:
-            raise UserError("method.teacher=exact: this env knows no exact distribution\nenvs of mixtures do, such as ring; or "
-                            "take the network that it offers to start from: method.teacher=start")
+        self.fake = self.blueprint.build(spec)
+        self.find_teacher()
         if c.reward_weight and not spec.proxies:
             raise UserError("method.reward_weight: this env has no differentiable reward\nleave it at 0, or choose another env")
         for name in ("told_match", "told_gan", "told_reward"):  # of the generator's latest step
@@ -141,18 +133,6 @@ class Distillation(Generator):
         sd = self.config.deviation
         return edm.to_data(x, network(edm.scaled(x, t, sd), t, condition), t, sd)
 
-    def taught(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """D_real without guidance."""
-        v = self.mixture.velocity(x, t, condition) if self.mixture is not None else self.reference(x, t, condition).float()
-        return flow.to_data(x, v, t)
-
-    def teach(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """D_real, guided."""
-        w, data = self.config.teacher_guidance, self.taught(x, t, condition)
-        if w == 1:
-            return data
-        return data + (w - 1) * (data - self.taught(x, t, torch.full_like(condition, self.spec.classes)))
-
     def noised(self, name: str, x: Tensor, whole: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """(x_t, t, u) of x at drawn levels."""
         u = self.levels(name, len(x), whole)
@@ -163,9 +143,7 @@ class Distillation(Generator):
     # -- learning
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch: x (n, *shape) real, condition (n,) int64."""
-        if self.starts and not self.begun:
-            raise UserError("there are no weights to start or to learn from\nmethod.teacher and method.initial want those "
-                            "that the env offers: env.start=shipped or own, not none")
+        self.require_start()
         moves = self.updates % self.config.ratio == 0
         rows = SimpleNamespace(real=batch["x"], condition=batch["condition"], told={})
         with torch.set_grad_enabled(moves):
