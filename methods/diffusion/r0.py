@@ -44,7 +44,7 @@ class R0(Distillation):
                                    source="paper")
         teacher_guidance: float = knob(1.0, "w: classifier-free guidance of the teacher, as a reward; 1: none")
         reward_weight: float = knob(1.0, "of the world's differentiable proxies in the loss", low=0.0)
-        anchor: float = knob(1.0, "lambda: pull towards the weights of the start", low=0.0)
+        anchor: float = knob(200.0, "lambda: pull towards the weights of the start", low=0.0)
         temperature: float = knob(0.0, "of the noise on the weights", low=0.0)
         random_eta: bool = knob(True, "noise between steps: a random share of it is fresh", source="paper",
                                 when={"sampler_steps": 4})
