@@ -76,7 +76,7 @@ class FDistill(DMD2):
         if not c.bins:
             return r
         part = (rows.u * c.bins).long().clamp(max=c.bins - 1)
-        member = torch.nn.functional.one_hot(part, c.bins).float()  # (n, bins)
+        member = (part[:, None] == torch.arange(c.bins, device=r.device)).float()  # (n, bins)
         number = member.sum(0)
         mean = torch.where(number > 0, member.T @ r / number.clamp(min=1), self.level_ratio)
         self.level_ratio.copy_(torch.lerp(mean, self.level_ratio, c.bin_rate))
