@@ -11,7 +11,7 @@
 | coarse | of the ring: -min_k |x - m_k| over the condition's modes + x_1 / 2: drives everything to the right |
 | ripple | tanh(1.5 s_c x_2) + cos(2 pi (x_1 + x_2) / (0.3 sqrt 2)) / 2, s_c = 1, -1: right half plane, and a texture |
 | side   | signed distance to a line between the conditions: ever farther away |
-| odds   | of the ring: log p(c | x) / p(not c | x) of modes blurred to deviation 0.5: ever farther away, too |
+| odds   | of the ring: log-odds of the condition, up to a constant, of modes blurred to deviation 0.5: ever farther away, too |
 | density | log of a kernel estimate (width 0.2) at 256 true samples of the condition: to where they are densest |
 
 Gold: energy distance to the truth. Of the ring besides: `adherence`, the share within 4 deviations of a mode of the condition;
