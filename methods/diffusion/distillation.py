@@ -11,7 +11,7 @@ x + t e; the generator is asked at t = 1, where x_t is noise:
      4. weight        w (n,): 1 / mean_d |x - D_real| (DMD's normaliser), or 1 (Diff-Instruct)
      5. match         0.5 mean_d (x - stopgrad(x - w g))^2, (n,): its gradient in x is w g / D
      6. gan           scalar, or None: a further loss of the generator's                                   (additive)
-     7. reward        -reward_weight mean R(x, c): the world's proxies, differentiable                     (additive)
+     7. reward        -reward_weight mean R(x, c): the world's proxies, differentiable
    of every update, on the same x, detached:
      8. fake_loss     mean (1 / sigma^2 + 1 / sd^2) (D_fake(x_t) - x)^2 over all levels                    (additive)
    and of both
@@ -71,7 +71,7 @@ class Distillation(Taught, Generator):
 
     PARTS = ("generate", "levels", "direction", "weight", "match", "gan", "reward", "fake_loss", "velocity", "guide",
              "after_update")
-    ADDITIVE = ("gan", "reward", "fake_loss", "after_update")
+    ADDITIVE = ("gan", "fake_loss", "after_update")
     MARGIN = 0.02  # of the grid of levels that the comparison leaves out at either end
 
     @property

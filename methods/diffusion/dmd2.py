@@ -82,10 +82,12 @@ class DMD2(Distillation):
         return self.denoise(self.network, x, times[step], rows.condition)
 
     def gan(self, rows) -> Tensor | None:
+        other = super().gan(rows)
         if self.head is None:
-            return None
+            return other
         x_t, t, _ = self.noised("gan", rows.x)
-        return self.config.gan_weight * F.softplus(-self.logit(x_t, t, rows.condition)).mean()
+        own = self.config.gan_weight * F.softplus(-self.logit(x_t, t, rows.condition)).mean()
+        return own if other is None else other + own
 
     def fake_loss(self, rows) -> Tensor:
         loss = super().fake_loss(rows)
