@@ -44,6 +44,7 @@ class Spec:
     sample_shape: tuple[int, ...] | None = None  # of what a generator makes; its condition is one of `classes` numbers, or none
     points: int = 1                       # samples that are rewarded together, as one
     exact: object | None = None           # where the world knows it: velocity(x, t, condition) of its own distribution
+    proxies: tuple = ()                   # differentiable rewards f(x, condition) -> (n,), of what a generator makes
     turns: int | None = None              # most turns of an episode, where a prompt and its response are one of several
     seeds: int | None = None              # seeds trained at once: a leading axis of every tensor; None: no such axis
 

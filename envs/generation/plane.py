@@ -11,15 +11,20 @@
 | coarse | of the ring: -min_k |x - m_k| over the condition's modes + x_1 / 2: drives everything to the right |
 | ripple | tanh(1.5 s_c x_2) + cos(2 pi (x_1 + x_2) / (0.3 sqrt 2)) / 2, s_c = 1, -1: right half plane, and a texture |
 | side   | signed distance to a line between the conditions: ever farther away |
+| odds   | of the ring: log-odds of the condition, up to a constant, of modes blurred to deviation 0.5: ever farther away, too |
+| density | log of a kernel estimate (width 0.2) at 256 true samples of the condition: to where they are densest |
 
 Gold: energy distance to the truth. Of the ring besides: `adherence`, the share within 4 deviations of a mode of the condition;
 `modes`, exp of the entropy of the nearest of the condition's modes (4 is all); `precision`, within 3 deviations of any mode;
-`local`, the energy distance of the residuals to the nearest mode from a normal's; `radius`.
+`local`, the energy distance of the residuals to the nearest mode from a normal's; `weight_error`, the total variation between
+the shares of the condition's modes and the true ones; `radius`. The teacher that distillation is given (Spec.exact) may be
+another than the truth: `teacher=reversed` gives the modes each other's weights.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -29,15 +34,17 @@ from envs.generation import drawing
 from envs.generation.base import GenerationWorld
 from envs.generation.exact import Mixture
 from envs.generation.metrics import effective, energy_distance, mmd
+from runner.errors import UserError
 from runner.interface import Metric, Spec, knob
 
 RADIUS, MODES = 1.5, 8
 
 
-def ring(spread: float, groups: int, skewed: bool = False) -> Mixture:
-    """8 modes; `groups` conditions of 8 / groups neighbouring modes each; skewed: of unequal weight."""
+def ring(spread: float, groups: int, skewed: bool = False, backwards: bool = False) -> Mixture:
+    """8 modes; `groups` conditions of 8 / groups neighbouring modes each; skewed: of unequal weight; backwards: in reverse."""
     angle = 2 * math.pi * torch.arange(MODES) / MODES
     weight = torch.tensor([0.3, 0.2, 0.15, 0.1, 0.1, 0.05, 0.05, 0.05]) if skewed else torch.full((MODES,), 1 / MODES)
+    weight = weight.flip(0) if backwards else weight
     member = torch.arange(MODES) // (MODES // groups) == torch.arange(groups)[:, None]
     rows = torch.cat([member * weight, weight[None]])
     return Mixture(RADIUS * torch.stack([angle.cos(), angle.sin()], 1), spread, rows)
@@ -52,7 +59,10 @@ class Plane(GenerationWorld):
         skewed: bool = knob(False, "the ring's modes have weights .3 .2 .15 .1 .1 .05 .05 .05")
         tilt: float = knob(0.0, "lambda: the ring is tilted by exp(lambda x_1), while the exact velocity that methods may ask "
                            "for stays that of the ring")
-        proxy: str = knob("ripple", "the reward that can be hacked", choices=["coarse", "ripple", "side"])
+        teacher: str = knob("true", "the exact distribution handed to methods: the true one, or one whose modes have each "
+                            "other's weights", choices=["true", "reversed"], when={"skewed": [True]})
+        proxy: str = knob("ripple", "the reward that can be hacked",
+                          choices=["coarse", "ripple", "side", "odds", "density", "odds+density"])
         points: int = knob(32, "P: points that are rewarded together, by the mean", low=1)
 
     metrics = {
@@ -61,21 +71,34 @@ class Plane(GenerationWorld):
         "adherence": Metric("max", "", "share within 4 deviations of a mode of the condition"),
         "modes": Metric("max", "modes", "exp of the entropy over the condition's modes"),
         "precision": Metric("max", "", "share within 3 deviations of any mode"),
+        "weight_error": Metric("min", "", "total variation between the shares of the condition's modes and the true ones"),
         "local": Metric("min", "", "energy distance of the residuals to a normal, in deviations"),
         "radius": Metric("none", "", "mean distance from the centre"),
     }
 
     def __init__(self, config, device="cpu"):
         super().__init__(config, device)
-        self.mixture = self.plain = None
+        self.mixture = self.teacher = None
         if config.shape == "ring":
-            self.mixture = self.plain = ring(config.spread, config.groups, config.skewed).to(self.device)
+            self.mixture = self.teacher = ring(config.spread, config.groups, config.skewed).to(self.device)
             if config.tilt:
-                self.mixture = self.plain.tilted(torch.tensor([config.tilt, 0.0], device=self.device), 1.0)
+                self.mixture = self.teacher.tilted(torch.tensor([config.tilt, 0.0], device=self.device), 1.0)
+            if config.teacher == "reversed":
+                self.teacher = ring(config.spread, config.groups, config.skewed, backwards=True).to(self.device)
         self.classes = config.groups if config.shape == "ring" else 2
+        self.kinds = config.proxy.split("+")
+        if self.mixture is None and set(self.kinds) & {"coarse", "odds"}:
+            raise UserError(f"env.proxy={config.proxy} is for env.shape=ring\nothers are: ripple, side, density")
+        if "odds" in self.kinds and config.groups == 1:
+            raise UserError("env.proxy=odds tells conditions apart, and env.groups=1 has but one\nset env.groups=2")
+        if "density" in self.kinds:
+            g, condition = torch.Generator().manual_seed(256), torch.arange(256 * self.classes) // 256
+            self.kept = self.sample(condition.to(self.device), lambda _, shape, kind="normal": (
+                torch.randn if kind == "normal" else torch.rand)(shape, generator=g).to(self.device)).view(self.classes, 256, 2)
 
     def spec(self):
-        return Spec(sample_shape=(2,), classes=self.classes, points=self.config.points, exact=self.plain)
+        proxies = tuple(functools.partial(self._proxy, kind) for kind in self.kinds)
+        return Spec(sample_shape=(2,), classes=self.classes, points=self.config.points, exact=self.teacher, proxies=proxies)
 
     def sample(self, condition, draw):
         n = len(condition)
@@ -93,13 +116,23 @@ class Plane(GenerationWorld):
         return both + 0.06 * draw("noise", (n, 2))
 
     def reward(self, x, condition):
-        kind = self.config.proxy
+        return sum(self._proxy(kind, x, condition) for kind in self.kinds)
+
+    def _proxy(self, kind: str, x: Tensor, condition: Tensor) -> Tensor:
         side = 1 - 2 * (condition >= (self.classes + 1) // 2).float()
         if kind == "ripple":
             along = 2 * math.pi * x.sum(1) / (math.sqrt(2) * 0.3)
             return (1.5 * side * x[:, 1]).tanh() + 0.5 * along.cos()
         if kind == "side":
             return side * (-x[:, 0] if self.config.shape == "checkerboard" else x[:, 1])
+        if kind == "density":
+            apart = (x[:, None] - self.kept[condition]).square().sum(-1)
+            return (-apart / (2 * 0.2 ** 2)).logsumexp(1) - math.log(256)
+        if kind == "odds":
+            apart = -(x[:, None] - self.mixture.means).square().sum(-1) / (2 * 0.5 ** 2)
+            mine = self.mixture.weight[condition].log()  # -inf outside
+            others = self.mixture.weight[-1].log().masked_fill(mine > -math.inf, -math.inf)
+            return (apart + mine).logsumexp(1) - (apart + others).logsumexp(1)
         return -self._nearest(x, condition)[0] + 0.5 * x[:, 0]
 
     drawn = 1000
@@ -125,7 +158,9 @@ class Plane(GenerationWorld):
         residual = (x - self.mixture.means[mode]) / self.config.spread
         normal = torch.randn(residual.shape, generator=torch.Generator().manual_seed(1)).to(x.device)
         counts = [torch.bincount(mode[condition == c], minlength=MODES).float() for c in range(self.classes)]
-        return {**out, "adherence": (apart < 4 * self.config.spread).float().mean().item(),
+        shares = torch.stack([n / n.sum().clamp(min=1) for n in counts])
+        wrong = 0.5 * (shares - self.mixture.weight[:self.classes]).abs().sum(1).mean()
+        return {**out, "weight_error": wrong.item(), "adherence": (apart < 4 * self.config.spread).float().mean().item(),
                 "modes": sum(effective(n).item() for n in counts) / self.classes,
                 "precision": (every < 3 * self.config.spread).float().mean().item(),
                 "local": energy_distance(residual, normal).item()}

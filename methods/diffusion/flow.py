@@ -46,7 +46,7 @@ class Step(NamedTuple):
 
 def grid(steps: int, shift: float = 1.0, device=None) -> Tensor:
     """(steps + 1,) times from 1 to 0: linear, then t <- S t / (1 + (S - 1) t); S > 1 spends more steps on noise."""
-    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device)
+    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device)  # made there: a copy cannot be captured
     return (shift * t / (1 + (shift - 1) * t)).float()
 
 

@@ -47,7 +47,7 @@ def test_cfg_is_the_same_in_velocity_data_noise_and_score():
     world, t = plane(), torch.tensor(0.4)
     x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
     c, u = torch.zeros(5, dtype=torch.int64), torch.full((5,), 2)
-    vc, vu = (world.plain.velocity(x, t.expand(5), k) for k in (c, u))
+    vc, vu = (world.teacher.velocity(x, t.expand(5), k) for k in (c, u))
     v = vc + 2 * (vc - vu)
     for to, back in ((lambda v: x - t * v, lambda d: (x - d) / t),
                      (lambda v: x + (1 - t) * v, lambda e: (e - x) / (1 - t)),
@@ -71,7 +71,7 @@ def test_apgs_difference_is_across_the_prediction_and_bounded():
     x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
     walk = Walk(x=x, t=t, step=0, steps=1, condition=torch.zeros(50, dtype=torch.int64), memory={}, calls=torch.zeros(50),
                 network=None)
-    conditional = world.plain.velocity(x, t.expand(50), walk.condition)
+    conditional = world.teacher.velocity(x, t.expand(50), walk.condition)
     data, guided = x - t * conditional, x - t * method.guide(walk, conditional)
     moved = guided - data
     assert ((moved * data).sum(1).abs() < 1e-4 * moved.norm(dim=1).clamp(min=1e-3) * data.norm(dim=1) + 1e-5).all()
@@ -120,7 +120,7 @@ def test_rlg_at_zero_and_one_is_base_and_tuned():
     base = drawn(exact(CFG, world, guidance=1.0)).x
     torch.testing.assert_close(drawn(exact(RLG, world, weight=0.0)).x, base)
     one, beyond = exact(RLG, world, weight=1.0, sampler_steps=60), exact(RLG, world, weight=2.0, tuned_steps=20)
-    tilted = world.plain.tilted(torch.tensor([1.0, 0.0]), 1.0)
+    tilted = world.teacher.tilted(torch.tensor([1.0, 0.0]), 1.0)
     g = torch.Generator().manual_seed(1)
     true = tilted.sample(torch.arange(1000) % 2, torch.rand(1000, generator=g), torch.randn(1000, 2, generator=g))
     assert energy_distance(drawn(one).x, true) < 0.02
