@@ -71,6 +71,7 @@ def test_neutral_knobs_are_the_baseline_bit_for_bit(name):
     expected = lab.course(card["baseline"], env=lab.smallest(name))
     shared = [{k: line[k] for k in of} for line, of in zip(told, expected.metrics, strict=True)]
     assert shared == expected.metrics  # it may tell more
+    assert expected.finite
     base = expected.states[12]
     assert base.keys() <= mine.keys()
     assert {k: mine[k] for k in base} == base
