@@ -88,7 +88,8 @@ def samples(method) -> list | None:
     if not shape:
         return None
     g = torch.Generator().manual_seed(0)
-    return method.draw(torch.randn(3, *shape, generator=g), torch.zeros(3, dtype=torch.int64), g).x.tolist()
+    steps = getattr(method.config, "sampler_steps", None)  # samples are compared where as many steps are walked
+    return [steps, *method.draw(torch.randn(3, *shape, generator=g), torch.zeros(3, dtype=torch.int64), g).x.tolist()]
 
 
 class Course(NamedTuple):
