@@ -100,6 +100,12 @@ class Plane(GenerationWorld):
         proxies = tuple(functools.partial(self._proxy, kind) for kind in self.kinds)
         return Spec(sample_shape=(2,), classes=self.classes, points=self.config.points, exact=self.teacher, proxies=proxies)
 
+    def _start(self):
+        if self.config.shape != "ring" and self.config.start == "shipped":
+            raise UserError(f"env.shape={self.config.shape}: the weights that are shipped were trained on the ring\n"
+                            "begin from random ones: env.start=none")
+        return super()._start()
+
     def sample(self, condition, draw):
         n = len(condition)
         if self.mixture is not None:

@@ -76,6 +76,12 @@ def test_proxies_by_hand():
     assert ripple[1].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("env", ["moons", "ring env.shape=checkerboard env.proxy=side"])
+def test_the_rings_start_is_no_start_of_another_shape(cli, env):
+    done = cli("method=dmd", *f"env={env}".split(), "size=smoke", "logger=none")
+    assert done.code == 2 and "were trained on the ring" in done.text, done.text
+
+
 def test_flips_turn_that_share_of_the_conditions():
     world = plane(flips=0.3, batch_size=4000)
     batch = Samples(world, None, 0, {}).next()
