@@ -136,7 +136,17 @@ class Catalogue:
             if name:
                 raise UserError(f"policy={name}: method '{methods[0].name}' builds its own networks; leave policy out")
             return None
-        return self.get("policy", name or (env.card.get("policy") if env else None) or default)
+        chosen = self.get("policy", name or (env.card.get("policy") if env else None) or default)
+        if chosen.name not in (fits := self.policies(methods)):
+            raise UserError(f"policy={chosen.name} is not what method '{methods[0].name}' trains\n"
+                            f"policies that fit: {', '.join(fits)}")
+        return chosen
+
+    def policies(self, methods: list[Entry]) -> list[str]:
+        """Names of the policies that these methods can train: those of their default's kind, and a user's own."""
+        default = next((m.card["policy"] for m in methods if m.card.get("policy")), None)
+        kinds = {self.get("policy", default).family, "include"} if default else set()
+        return [p.name for p in self.all("policy") if p.family in kinds]
 
     def fitting(self, methods: list[Entry]) -> list[str]:
         """Names of the envs that provide a kind of batches that all these methods can learn from."""

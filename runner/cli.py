@@ -218,7 +218,7 @@ def _show(words, options) -> int:
     elif entry.kind == "env":
         fits = [m.name for m in book.all("method") if catalogue.stream_kind([m], entry)]
     else:
-        fits = [m.name for m in book.all("method") if m.card.get("policy")]
+        fits = [m.name for m in book.all("method") if entry.name in book.policies([m])]
     if options.get("json"):
         print(json.dumps({"name": entry.name, "kind": entry.kind, "family": entry.family, **card,
                           "parts_changed": catalogue.changed_parts(entry) if entry.kind == "method" else [],
@@ -241,7 +241,7 @@ def _show(words, options) -> int:
         print(f"  needs     {' or '.join(entry.needs)}")
         print(f"  envs      {', '.join(fits) or 'none fits yet'}")
         if card.get("policy"):
-            print(f"  policies  {', '.join(book.names('policy'))}  (policy=NAME; {card['policy']} unless said)")
+            print(f"  policies  {', '.join(book.policies([entry]))}  (policy=NAME; {card['policy']} unless said)")
     else:
         if entry.kind == "env":
             print(f"  provides  {', '.join(entry.provides)}")

@@ -158,3 +158,10 @@ def test_fitting_and_pairing_agree():
             else:
                 with pytest.raises(UserError, match="does not fit"):
                     BOOK.check_pairing([method], env)
+
+
+@pytest.mark.parametrize(("method", "policy"), [("flow_matching", "small"), ("dpo", "unet"), ("grpo", "mlp")])
+def test_policies_of_another_kind_are_refused(method, policy):
+    with pytest.raises(UserError, match="policies that fit: "):
+        BOOK.policy(BOOK.methods(method), policy)
+    assert policy not in BOOK.policies(BOOK.methods(method))
