@@ -7,7 +7,8 @@
 
 Of the scheduler its schedule alone is read: betas, prediction_type and whether the last step is noise alone
 (methods/diffusion/schedule.py); which steps are made is the method's to say (`sampler`: ode is DDIM with eta 0, ddim with
-sampler_noise=1 DDPM's ancestral sampling). At a time between two steps the network is asked for the upper one.
+sampler_noise=1 DDPM's ancestral sampling). At a time between two steps the network is asked for the upper one, beyond the first
+and the last for these.
 
 Generation begins at the last step of the schedule and goes by strides of K / sampler_steps (diffusers' timestep_spacing
 "trailing"), whatever the scheduler's own spacing is. Dropout is off, in training too: a method's random numbers are its own.
@@ -53,6 +54,7 @@ class Pipeline(nn.Module):
         return super().train(False)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        t = torch.clamp(t, self.times[0], self.times[-1])
         classes = {"class_labels": self.labels[condition]} if self.labelled else {}
         out = self.inner(x / schedule.size(x, t), schedule.place(self.times, t), **classes).sample
         v = schedule.velocity(self.prediction, x, t, out[:, :x.shape[1]].float())  # behind it: a learned variance

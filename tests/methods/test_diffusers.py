@@ -150,7 +150,7 @@ def test_guidance_runs_and_is_diffusers_own(folder):
     assert linear.x.isfinite().all()
 
 
-def test_latents_are_generated_as_by_the_pipeline_and_decoded(dit):
+def test_latents_are_generated_as_by_the_pipeline_and_decoded(dit, tmp_path):
     import diffusers
 
     pipe = diffusers.DiTPipeline.from_pretrained(dit, low_cpu_mem_usage=False)
@@ -167,7 +167,7 @@ def test_latents_are_generated_as_by_the_pipeline_and_decoded(dit):
         method(CFG, dit, spec, model="trained")
     with pytest.raises(UserError, match="makes images of 3 x 8 x 8"):
         method(CFG, dit, Spec(sample_shape=(3, 4, 4), classes=3))
-    old = built(dit, spec)
+    old = built(changed(dit, tmp_path, "model_index.json", transformer=["diffusers", "Transformer2DModel"]), spec)
     assert old.guided and old.labels.tolist() == [0, 1, 2, 10]
 
 
@@ -187,6 +187,17 @@ def test_networks_without_classes_or_without_one_for_none(tmp_path):
     assert method(CFG, tmp_path / "ten", guidance=3.0, policy={"null": 9}).network.labels.tolist() == [*range(10), 9]
     with pytest.raises(UserError, match="the env has 12 classes, the pipeline 10"):
         built(tmp_path / "ten", Spec(sample_shape=(1, 8, 8), classes=12))
+
+
+def test_the_files_may_lie_beside_the_index(folder, tmp_path):
+    """As in pipelines of old."""
+    shutil.copytree(folder, tmp_path / "old")
+    for name in ("unet", "scheduler"):
+        for file in (tmp_path / "old" / name).iterdir():
+            file.rename(tmp_path / "old" / file.name)
+    x, t, labels = noises(), torch.tensor([0.0, 0.2, 0.5, 1.0]), torch.tensor([0, 3, 9, 10])
+    found = built(tmp_path / "old")(x, t, labels)
+    assert torch.equal(found, built(folder)(x, t, labels)) and found.isfinite().all()
 
 
 def test_a_pipeline_is_trained_further(folder):
