@@ -58,7 +58,8 @@ def test_the_contract_stands_below_everything_else():
 
 def test_methods_mention_no_devices_files_or_loggers():
     checkpoints = ROOT / "methods" / "tokens" / "checkpoint.py"  # reads and writes the models that a person names
-    for path in set((ROOT / "methods").rglob("*.py")) - {checkpoints}:
+    stored = ROOT / "methods" / "common" / "stored.py"           # so does this
+    for path in set((ROOT / "methods").rglob("*.py")) - {checkpoints, stored}:
         text = path.read_text()
         for word in ("torch.distributed", "wandb", "open(", "Path(", '.to("cuda")', "'cuda'", '"cuda"', "os.environ"):
             assert word not in text, f"{path.relative_to(ROOT)} mentions {word}"

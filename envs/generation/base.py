@@ -179,7 +179,8 @@ class GenerationWorld(World):
 
     def stream(self, method, kind, seed):
         cls = {"samples": Samples, "rewarded": Rewarded, "preferred": Preferred}[kind]
-        return cls(self, method, seed, self._start() if kind != "samples" or method.starts else {})
+        own = getattr(method.blueprint, "own_weights", False)  # then the start is the policy's business
+        return cls(self, method, seed, self._start() if (kind != "samples" or method.starts) and not own else {})
 
     def starts(self) -> Path:
         return STARTS

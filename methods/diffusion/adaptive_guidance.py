@@ -78,7 +78,7 @@ class AdaptiveGuidance(CFG):
     def _fit(self, device, network) -> dict[int, Tensor]:
         """{step: coefficients} by least squares over whole samples of trajectories with every call made."""
         g = torch.Generator().manual_seed(0)
-        noise = torch.randn(TRAJECTORIES, *self.spec.sample_shape, generator=g).to(device)
+        noise = self.begin(torch.randn(TRAJECTORIES, *self.spec.sample_shape, generator=g).to(device))
         condition = torch.arange(TRAJECTORIES, device=device) % self.spec.classes
         walk, times, out = super().walk(noise, condition, network), self.grid(), {}
         walk.memory |= {"fitting": True}

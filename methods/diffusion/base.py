@@ -65,9 +65,23 @@ class Generator(Method):
         c = self.config
         self.spec, self.exact = spec, None
         self.network = self.blueprint.build(spec)
+        self.begun = self.blueprint.own_weights  # whether there are weights to start from
+        self.check_network()
         self.averaged = copy.deepcopy(self.network).requires_grad_(False) if c.average else None
         self.reference = copy.deepcopy(self.network).requires_grad_(False) if self.keeps_start else None
         self.rate = self.graphed = None
+
+    def check_network(self):
+        """Refuse what a network made elsewhere (methods/diffusion/diffusers.py) can't do."""
+        c, network = self.config, self.network
+        if getattr(network, "latent", False) and getattr(c, "model", "") != "given":
+            raise UserError("this pipeline's samples are latents, and this env's are images: it is not trained here\nsample with "
+                            "it as it is: method.model=given (flow_matching, cfg, apg, adaptive_guidance)")
+        if c.guidance != 1 and not getattr(network, "guided", True):
+            lacks = "class that stands for none (policy.null)" if network.labelled else "classes"
+            raise UserError(f"method.guidance={c.guidance}: this pipeline has no {lacks}\nwithout guidance: method.guidance=1")
+        if getattr(network, "grid", None):
+            self.grid()  # refuses more steps than its schedule has
 
     def make_optimizers(self):
         c = self.config
@@ -90,16 +104,18 @@ class Generator(Method):
         return next(self.network.parameters()).device
 
     def prepare(self, data: dict[str, Tensor]):
-        """Start from the weights that the world offers (`start/NAME`); they are the reference's, too."""
+        """Start from the weights that the world offers (`start/NAME`), unless the policy brings its own; they are the
+        reference's, too."""
         self.load_start({k.removeprefix("start/"): v for k, v in data.items() if k.startswith("start/")})
 
     def load_start(self, start: dict[str, Tensor]):
-        if start:
+        if start and not self.blueprint.own_weights:
             wrong = [k for k, v in self.network.state_dict().items() if k not in start or start[k].shape != v.shape]
             if wrong:
                 raise UserError(f"the env's starting weights are of another shape than this network ({wrong[0]})\nleave policy "
                                 "and its sizes as they are; or build a start of your own; or begin at random: env.start=none")
             self.network.load_state_dict(start)
+            self.begun = True
         for copied in (self.averaged, self.reference):
             if copied is not None:
                 copied.load_state_dict(self.network.state_dict())
@@ -143,7 +159,18 @@ class Generator(Method):
 
     # -- generation
     def grid(self, steps: int | None = None) -> Tensor:
-        return flow.grid(steps or self.config.sampler_steps, self.config.shift, self.device())
+        """Times from the first to 0, (steps + 1,); a network may offer its own, which begins at its largest t."""
+        c, own = self.config, getattr(self.network, "grid", None)
+        steps = steps or c.sampler_steps
+        return own(steps, c.shift) if own else flow.grid(steps, c.shift, self.device())
+
+    def begin(self, noise: Tensor) -> Tensor:
+        """Standard normal `noise` as x at the grid's first time: itself, at t = 1."""
+        return self.network.begin(noise) if hasattr(self.network, "begin") else noise
+
+    def finish(self, x: Tensor) -> Tensor:
+        """x (…, n, *shape) as the world is shown it: of a network over latents, what they decode to."""
+        return self.network.finish(x) if hasattr(self.network, "finish") else x
 
     def ask(self, walk: Walk, condition: Tensor, network=None, counted=None) -> Tensor:
         """The velocity at the walk's place. counted (n,): which samples this call is needed for (all)."""
@@ -171,20 +198,20 @@ class Generator(Method):
         """Samples from `noise` (n, *shape); `more` gives a stochastic sampler its further noise."""
         c, times = self.config, self.grid()
         with self.autocast():
-            walk = self.walk(noise, condition)
+            walk = self.walk(self.begin(noise), condition)
             if noise.is_cuda and self.records:
                 self.graphed = self.graphed or Graphed(self.velocity)
                 walk.velocity = self.graphed
-            passed = [noise]
+            passed = [walk.x]
             for j in range(len(times) - 1):
                 at = self.stride(walk, times, j, c.sampler, c.sampler_noise)
                 walk.x = at.mean
                 if c.sampler != "ode":
-                    fresh = torch.randn(noise.shape, generator=more, device=more.device if more else noise.device)
+                    fresh = torch.randn(walk.x.shape, generator=more, device=more.device if more else noise.device)
                     walk.x = walk.x + at.std * fresh.to(noise.device)
                 if path:
                     passed.append(walk.x)
-        return Drawn(walk.x, walk.calls, torch.stack(passed) if path else None)
+            return Drawn(self.finish(walk.x), walk.calls, self.finish(torch.stack(passed)) if path else None)
 
     def export(self):
         kind = {"kind": "velocity", "class": type(self.network).__name__, "shape": ",".join(map(str, self.spec.sample_shape))}

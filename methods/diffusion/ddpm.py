@@ -3,11 +3,10 @@
     x_k = sqrt(ab_k) x0 + sqrt(1 - ab_k) e,   ab_k = prod_{l <= k} (1 - b_l),   b linear from 1e-4 to 0.02, k = 0 … K - 1
     L = E || e_theta(x_k, k, c) - e ||^2 / D,  k uniform
 
-A rectified flow in other clothes (methods/diffusion/flow.py): t = s / (1 + s) with s = sqrt((1 - ab) / ab), and x_t = x_k
-sqrt((1-t)^2 + t^2). Parts that differ: `times` are those of the K steps, `velocity` gives the network x_k and k / K, and turns
-the noise that it predicts into a velocity; `error` is that of the noise, (1 - t)^2 times the velocity's. Generation begins at
-the last step, where a hundredth of the data is left (ab = 4e-5), instead of t = 1; sampler=ddim with sampler_noise=1 is DDPM's
-ancestral sampling (posterior variance), on `sampler_steps` of the K steps.
+A rectified flow in other clothes (methods/diffusion/schedule.py). Parts that differ: `times` are those of the K steps; `velocity`
+gives the network x_k and k / K, and turns the noise that it predicts into a velocity; `error` is that of the noise, (1 - t)^2
+times the velocity's. Generation begins at the last step, where a hundredth of the data is left (ab = 4e-5), instead of t = 1;
+sampler=ddim with sampler_noise=1 is DDPM's ancestral sampling (posterior variance), on `sampler_steps` of the K steps.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from methods.diffusion import flow
+from methods.diffusion import schedule
 from methods.diffusion.regression import Regression
 from runner.errors import UserError
 from runner.interface import Spec, knob
@@ -41,10 +40,13 @@ class DDPM(Regression):
         if c.process == "ddpm" and c.sampler_steps > c.schedule_steps:
             raise UserError(f"method.sampler_steps={c.sampler_steps}: the schedule has {c.schedule_steps} steps "
                             "(method.schedule_steps)\ntake at most that many")
-        beta = torch.linspace(1e-4, 0.02, c.schedule_steps, dtype=torch.float64)
-        kept = (1 - beta).cumprod(0)
-        noise = ((1 - kept) / kept).sqrt()
-        self.register_buffer("table", (noise / (1 + noise)).float(), persistent=False)  # t of every step, rising
+        self.register_buffer("table", schedule.table(schedule.betas("linear", c.schedule_steps)), persistent=False)
+
+    def check_network(self):
+        if self.config.process == "ddpm" and hasattr(self.network, "grid"):
+            raise UserError("method=ddpm has a schedule of its own, and so has this policy\ntake method=flow_matching; with "
+                            "method.model=given it is used as it comes")
+        super().check_network()
 
     def times(self, number: int) -> Tensor:
         if self.config.process == "flow":
@@ -55,10 +57,8 @@ class DDPM(Regression):
     def velocity(self, network, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         if self.config.process == "flow":
             return super().velocity(network, x, t, condition)
-        place = torch.searchsorted(self.table, t.contiguous()).float() / len(self.table)
-        at = flow.rows(t, x)
-        noise = network(x / ((1 - at).square() + at.square()).sqrt(), place, condition)
-        return (noise - x) / (1 - at)
+        place = schedule.place(self.table, t).float() / len(self.table)
+        return schedule.velocity("epsilon", x, t, network(x / schedule.size(x, t), place, condition))
 
     def error(self, rows) -> Tensor:
         if self.config.process == "flow":

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from methods.common.stored import load_run
 from runner.errors import UserError
 from runner.interface import Spec, knob
 
@@ -105,9 +106,11 @@ class DiTPolicy:
         depth: int = knob(4, "blocks", low=1)
         heads: int = knob(4, "of attention; the width is divided among them", low=1)
         patch: int = knob(2, "side of a patch, which must divide the image's", low=1)
+        path: str = knob("", "folder of a finished run (or its weights.safetensors) to start from; empty: the env's start")
 
     def __init__(self, config):
         self.config = config
+        self.own_weights = bool(config.path)
 
     def build(self, spec: Spec) -> nn.Module:
         c, shape = self.config, spec.sample_shape
@@ -116,4 +119,5 @@ class DiTPolicy:
                             f"{' x '.join(map(str, shape))}\ntake policy=mlp, or another policy.patch")
         if c.width % c.heads or c.width % 4:
             raise UserError(f"policy.width={c.width}: policy.heads={c.heads} and 4 must divide it")
-        return DiT(shape, spec.classes, c.width, c.depth, c.heads, c.patch)
+        network = DiT(shape, spec.classes, c.width, c.depth, c.heads, c.patch)
+        return load_run(network, c.path, ("averaged", "network")) if c.path else network

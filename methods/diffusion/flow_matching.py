@@ -7,8 +7,8 @@ and follows it back from noise. This is the family's regression as it stands (me
 a normal, as in Stable Diffusion 3 (Esser et al. 2024), and the condition is left out in a tenth of the rows, so that guidance
 can be had.
 
-`model=exact` puts the world's own velocity, where it knows one, in the network's place: then nothing is trained, and what is
-compared is guidance alone.
+`model=exact` puts the world's own velocity, where it knows one, in the network's place, and `model=given` keeps the network as it
+comes (`policy.path`, or the env's start): then nothing is trained, and what is compared is guidance alone.
 """
 
 from __future__ import annotations
@@ -18,14 +18,19 @@ import dataclasses
 import torch
 
 from methods.diffusion.regression import Regression
+from runner.errors import UserError
 from runner.interface import Spec, knob
 
 
 class FlowMatching(Regression):
     @dataclasses.dataclass(frozen=True)
     class Config(Regression.Config):
-        model: str = knob("trained", "the network, or the world's exact velocity, with which nothing is trained",
-                          choices=["trained", "exact"])
+        model: str = knob("trained", "the network; the world's exact velocity, or the network as it comes (policy.path, or the "
+                          "env's start), with which nothing is trained", choices=["trained", "exact", "given"])
+
+    @property
+    def starts(self):
+        return self.config.model == "given"
 
     def setup(self, spec: Spec):
         super().setup(spec)
@@ -33,6 +38,9 @@ class FlowMatching(Regression):
             self.use_exact()
 
     def update(self, batch):
-        if self.exact is not None:
+        if self.config.model == "given" and not self.begun:
+            raise UserError("method.model=given: no network is given\nname one: policy.path=FOLDER; or take the env's start: "
+                            "env.start=shipped or own, not none")
+        if self.config.model != "trained":
             return {"loss": torch.zeros((), device=self.device())}
         return super().update(batch)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from methods.common.stored import load_run
 from methods.diffusion.flow import features
 from runner.interface import Spec, knob
 
@@ -43,10 +44,13 @@ class MLP:
         depth: int = knob(3, "hidden layers, residual from the second on", low=1)
         octaves: int = knob(8, "sines and cosines of the time", low=1)
         label_width: int = knob(16, "of the condition's embedding", low=1)
+        path: str = knob("", "folder of a finished run (or its weights.safetensors) to start from; empty: the env's start")
 
     def __init__(self, config):
         self.config = config
+        self.own_weights = bool(config.path)
 
     def build(self, spec: Spec) -> nn.Module:
         c = self.config
-        return ResidualMLP(spec.sample_shape, spec.classes, c.width, c.depth, c.octaves, c.label_width)
+        network = ResidualMLP(spec.sample_shape, spec.classes, c.width, c.depth, c.octaves, c.label_width)
+        return load_run(network, c.path, ("averaged", "network")) if c.path else network

@@ -136,7 +136,7 @@ class FlowPolicy(Generator):
         n, shape, trained = len(condition), self.spec.sample_shape, self.trained()
         times = self.grid(c.steps)
         with self.autocast():
-            walk = self.walk(self.initial(n, p).flatten(0, 1), condition.repeat_interleave(p), self.network)
+            walk = self.walk(self.begin(self.initial(n, p).flatten(0, 1)), condition.repeat_interleave(p), self.network)
             passed, log_prob, mean = [walk.x], [], []
             for j in range(c.steps):
                 walk.t, walk.step, walk.steps = times[j], j, c.steps

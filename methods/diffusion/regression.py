@@ -56,8 +56,8 @@ class Regression(Generator):
         return rows
 
     def dropped(self, condition: Tensor) -> Tensor:
-        """The condition, left out at random."""
-        if not self.config.label_dropout:
+        """The condition, left out at random where the network knows a class that stands for none."""
+        if not self.config.label_dropout or not getattr(self.network, "guided", True):
             return condition
         out = self.noise("label_dropout", (len(condition),), "uniform") < self.config.label_dropout
         return torch.where(out, self.spec.classes, condition)

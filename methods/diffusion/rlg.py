@@ -8,8 +8,9 @@ If p_RL ~ p_ref exp(R / beta) held at every noise level, g would be the score of
 1 acts as a smaller KL coefficient. It holds at t = 0 alone (a diffused tilt is not the tilt of the diffused), so that w > 1
 overshoots. w = 1 is the tuned model. The first `tuned_steps` steps follow it alone (officially zero_init_step).
 
-Training is Flow-GRPO's. `model=exact` needs none: p_ref is the world's mixture, and the tuned model its exact tilt by exp(x_1),
-whose tilt by exp(w x_1) the world knows, too (env.tilt).
+Training is Flow-GRPO's and begins at the env's start or at the network of `policy.path`, which is p_ref then: with nothing
+trained the two would be one. `model=exact` needs no training: p_ref is the world's mixture, and the tuned model its exact tilt by
+exp(x_1), whose tilt by exp(w x_1) the world knows, too (env.tilt).
 """
 
 from __future__ import annotations

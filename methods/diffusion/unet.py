@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from methods.common.stored import load_run
 from methods.diffusion.flow import features
 from runner.errors import UserError
 from runner.interface import Spec, knob
@@ -61,9 +62,11 @@ class UNetPolicy:
     @dataclasses.dataclass(frozen=True)
     class Config:
         channels: tuple[int, ...] = knob((32, 64, 64), "at each resolution, multiples of 8; all but the first halve it", low=8)
+        path: str = knob("", "folder of a finished run (or its weights.safetensors) to start from; empty: the env's start")
 
     def __init__(self, config):
         self.config = config
+        self.own_weights = bool(config.path)
 
     def build(self, spec: Spec) -> nn.Module:
         shape, halvings = spec.sample_shape, len(self.config.channels) - 1
@@ -72,4 +75,5 @@ class UNetPolicy:
                             f"{' x '.join(map(str, shape))}\ntake policy=mlp, or fewer policy.channels")
         if any(c % 8 for c in self.config.channels):
             raise UserError(f"policy.channels={list(self.config.channels)}: each must be a multiple of 8")
-        return UNet(shape, spec.classes, self.config.channels)
+        network = UNet(shape, spec.classes, self.config.channels)
+        return load_run(network, self.config.path, ("averaged", "network")) if self.config.path else network

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from methods.tokens.tokenizer import Pretrained
@@ -248,21 +248,3 @@ def save(model, folder: str | Path):
         for name in TOKENIZER:
             if (origin / name).is_file():
                 shutil.copy2(origin / name, folder / name)
-
-
-def load_run(policy: Transformer, path: str | Path):
-    """Fill `policy` with the weights of a finished run: its folder, or the file weights.safetensors in it.
-
-    UserError: no weights there, or of another shape."""
-    path = Path(path)
-    file = path / "weights.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"policy.path={path}: no weights there (looked for {file})\ngive the folder of a finished run")
-    found = {k.removeprefix("policy."): v for k, v in load_file(file).items() if not k.startswith(("reference.", "critic."))}
-    mine = policy.state_dict()
-    wrong = [k for k in mine if k not in found or found[k].shape != mine[k].shape]
-    if wrong:
-        there = tuple(found[wrong[0]].shape) if wrong[0] in found else "missing"
-        raise UserError(f"policy.path={path}: the weights there are of another shape: {wrong[0]} is {there}, this policy "
-                        f"needs {tuple(mine[wrong[0]].shape)}\nset policy.layers, policy.width, … as that run had them")
-    policy.load_state_dict({k: found[k] for k in mine})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import string
 
-from methods.tokens.checkpoint import load_run
+from methods.common.stored import load_run
 from methods.tokens.tokenizer import Characters
 from methods.tokens.transformer import Shape, Transformer
 from runner.errors import UserError
@@ -51,5 +51,5 @@ class Small:
             mlp_width=c.mlp_width or -(-c.width * 8 // 3 // 8) * 8, tied=c.tied, qkv_bias=c.qkv_bias, rope_theta=c.rope_theta,
             context=c.context or spec.prompt_length + spec.response_length))
         if c.path:
-            load_run(policy, c.path)
+            load_run(policy, c.path, ("policy",))
         return policy, tokenizer
