@@ -131,7 +131,7 @@ class AdvGRPO(FlowPolicy):
             self.minimise(loss, "reward")
             return {"reward": batch["reward"].mean(), "reward_deviation": batch["reward"].std(), "reward_loss": loss.detach()}
         apart = batch["real_proxy"] - batch["proxy"] + (self.scores(real, condition)[0] - self.scores(made, condition)[0]).mean(1)
-        hacks = (apart.detach().mean() < 0).float()
+        hacks = (self.engine.mean(apart.detach().mean()) < 0).float()  # one decision for all processes
         told = super().update({**batch, "hacks": hacks})
         loss = -F.logsigmoid(apart).mean()
         self.optimizers["reward"].param_groups[0]["lr"] = hacks * c.reward_rate

@@ -179,7 +179,7 @@ class FlowPolicy(Generator):
         """(): what the learning rate is multiplied by for this batch; None: 1."""
         if self.config.stop_at is None:
             return None
-        self.going *= (batch["reward"].mean() < self.config.stop_at).float()
+        self.going *= (self.engine.mean(batch["reward"].mean()) < self.config.stop_at).float()  # one decision for all processes
         return self.going
 
     def table(self) -> flow.Coefficients:
