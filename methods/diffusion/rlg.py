@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from methods.diffusion.policy_gradient import FlowPolicy
+from runner.errors import UserError
 from runner.interface import Spec, knob
 
 
@@ -30,11 +31,15 @@ class RLG(FlowPolicy):
         weight: float = knob(1.6, "w: of the tuned model against the one it started from", source="paper")
         tuned_steps: int = knob(0, "first steps of generation that follow the tuned model alone", low=0)
         model: str = knob("trained", "the networks, or the world's exact velocity and that of its tilt by exp(x_1), with which "
-                          "nothing is trained", choices=["trained", "exact"])
+                          "nothing is trained; given is refused", choices=["trained", "exact", "given"])
 
     keeps_start = True
 
     def setup(self, spec: Spec):
+        if self.config.model == "given":
+            raise UserError("method.model=given: rlg compares a tuned network with the one that it started from, and without "
+                            "training the two are one\nfine-tune the network of policy.path, or the env's start, by Flow-GRPO: "
+                            "method.model=trained")
         super().setup(spec)
         if self.config.model == "exact":
             self.use_exact()

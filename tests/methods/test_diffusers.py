@@ -248,6 +248,7 @@ def test_it_is_sampled_judged_and_drawn_from_the_command_line(cli, folder):
     assert cli("eval", run).code == 0
     tuned = cli("method=rlg", *words, "method.steps=3", "method.weight=1.5")
     assert tuned.code == 0, tuned.text
-    assert cli("method=rlg", *words, "method.model=given").code == 2
+    refused = cli("method=rlg", *words, "method.model=given")
+    assert refused.code == 2 and "the two are one" in refused.text
     assert "policy.path=FOLDER" in cli("method=cfg", "env=digits", "policy=diffusers", "size=smoke").text
     assert "schedule of its own" in cli("method=ddpm", *words).text
