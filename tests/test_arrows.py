@@ -36,7 +36,7 @@ def allowed(path: Path) -> tuple[str, ...]:
         return ("runner.interface", "runner.errors", "methods.common", "methods.tokens", f"methods.{family}")
     kind = rest[0] if len(rest) > 1 else ""
     builds_on = {"pairs": ("envs.prompts", "envs.lists")}  # preferences over the responses of prompts, over stored lists
-    return ("runner.interface", "runner.draws", "runner.errors", f"envs.{kind}", *builds_on.get(kind, ()))
+    return ("runner.interface", "runner.draws", "runner.errors", "runner.starts", f"envs.{kind}", *builds_on.get(kind, ()))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -14,15 +14,14 @@ A subclass defines the data (`sample`), the proxy (`reward`) and the gold metric
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from runner import starts
 from runner.draws import BLOCK, Draws
-from runner.errors import UserError
-from runner.interface import Metric, Spec, Stream, World, data_root, knob, own_id
+from runner.interface import Metric, Spec, Stream, World, knob
 
 STARTS = Path(__file__).with_name("starts")
 
@@ -34,7 +33,7 @@ class Drawing(Stream):
 
     def __init__(self, world, method, seed: int, start: dict[str, Tensor]):
         self.world, self.method, self.start, self.taken = world, method, start, 0
-        self.numbers = Draws(seed, world.device)
+        self.numbers, self.classes = Draws(seed, world.device), world.spec().classes
 
     def ready(self, number: int):
         self.numbers.ready(self.taken)
@@ -44,8 +43,7 @@ class Drawing(Stream):
         return self.numbers(name, shape, self.taken, kind)
 
     def conditions(self, number: int, name: str = "conditions") -> Tensor:
-        classes = self.world.spec().classes
-        return (self.draw(name, (number,), "uniform") * classes).long().clamp(max=classes - 1)
+        return (self.draw(name, (number,), "uniform") * self.classes).long().clamp(max=self.classes - 1)
 
     def data(self):
         return {f"start/{k}": v for k, v in self.start.items()} or None
@@ -70,8 +68,7 @@ class Samples(Drawing):
         x = world.sample(condition, self.draw)
         if world.config.flips:
             false = self.draw("flips", (rows,), "uniform") < world.config.flips
-            classes = world.spec().classes
-            other = (condition + 1 + (self.draw("other", (rows,), "uniform") * (classes - 1)).long()) % classes
+            other = (condition + 1 + (self.draw("other", (rows,), "uniform") * (self.classes - 1)).long()) % self.classes
             condition = torch.where(false, other, condition)
         self.taken += 1
         return {"x": x, "condition": condition}
@@ -186,35 +183,16 @@ class GenerationWorld(World):
         return STARTS
 
     def _start(self) -> dict[str, Tensor]:
-        from safetensors.torch import load_file
-
-        c = self.config
-        if c.start == "none":
-            return {}
-        path = self.starts() / f"{Path(c.own).parent.name}.safetensors" if c.start == "shipped" else \
-            data_root() / own_id(c.own, c.data_size) / "start.safetensors"
-        if not path.is_file():
-            raise UserError(f"no starting weights of this env are shipped: {path.name}\nbuild them: env.start=own, or begin from "
-                            "random weights: env.start=none" if c.start == "shipped" else
-                            f"the starting weights are not there: {path}")
-        return {k: v.float() for k, v in load_file(path).items()}
+        return starts.load(self.config, self.starts())
 
     def collect(self, runs, folder):
         """The weights of the run `start`, and how good they are."""
-        from safetensors.torch import save_file
-
         method = runs["start"].method
-        network = method.network if method.averaged is None else method.averaged
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in network.state_dict().items()},
-                  folder / "start.safetensors")
         figures = self.evaluate(method, 0)
-        parameters = sum(p.numel() for p in network.parameters())
-        headline = next(k for k in self.metrics if k in figures)
-        return {"parameters": parameters, "metrics": figures,
-                "digest": hashlib.sha256((folder / "start.safetensors").read_bytes()).hexdigest(),
-                "told": f"a start of {parameters:,} parameters, {headline} {figures[headline]:.3f}"}
+        network = method.network if method.averaged is None else method.averaged
+        return starts.keep(network, folder, figures, next(k for k in self.metrics if k in figures))
 
-    def draw(self, x: Tensor, condition: Tensor, way: Tensor | None) -> dict[str, Tensor]:
+    def show(self, x: Tensor, condition: Tensor, way: Tensor | None) -> dict[str, Tensor]:
         """Pictures of generated x (n, …), and of how they came about."""
         return {}
 
@@ -224,7 +202,7 @@ class GenerationWorld(World):
         condition = (torch.arange(number) % spec.classes).to(self.device)
         noise = torch.randn(number, *spec.sample_shape, generator=g).to(self.device)
         out = method.draw(noise, condition, g, path=True)
-        return self.draw(out.x, condition, out.path)
+        return self.show(out.x, condition, out.path)
 
     def evaluate(self, method, seed):
         """As many samples of every condition, from noise that is the same for every method; what the method tells of itself."""

@@ -47,7 +47,7 @@ class Mixture:
         return middle + (keep * self.std ** 2 / variance)[:, None] * (x - keep[:, None] * middle)
 
     def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """E[e - x0 | x_t = x] (n, d); at t = 0 the limit -m-sided is not needed: t > 0."""
+        """E[e - x0 | x_t = x] (n, d); for t > 0."""
         shape = x.shape
         x = x.flatten(1)
         return ((x - self.denoise(x, t, condition)) / t[:, None]).view(shape)

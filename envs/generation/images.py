@@ -75,7 +75,7 @@ class Images(GenerationWorld):
         place = torch.minimum((draw("image", (n,), "uniform") * count).long(), count - 1)
         return self.parts["generator"][0][self.first[condition] + place]
 
-    def draw(self, x, condition, way):
+    def show(self, x, condition, way):
         order = condition.argsort(stable=True)
         columns, scale = max(1, len(x) // self.classes), max(1, 24 // self.shape[1])
         out = {"samples": drawing.tiles(x[order], columns, scale)}

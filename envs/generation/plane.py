@@ -141,9 +141,9 @@ class Plane(GenerationWorld):
             return (apart + mine).logsumexp(1) - (apart + others).logsumexp(1)
         return -self._nearest(x, condition)[0] + 0.5 * x[:, 0]
 
-    drawn = 1000
+    drawn = 500
 
-    def draw(self, x, condition, way):
+    def show(self, x, condition, way):
         out = {"samples": drawing.density(x, condition)}
         return out if way is None else {**out, "paths": drawing.paths(way[:, :120], condition[:120])}
 

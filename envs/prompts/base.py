@@ -17,7 +17,6 @@ nothing but counters is saved; several processes share a batch: each takes its p
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import random
 from collections import Counter
 from pathlib import Path
@@ -26,9 +25,9 @@ import torch
 from torch import Tensor
 
 from envs.prompts.task import Problem, Task, Verdict
+from runner import starts
 from runner.draws import Draws
-from runner.errors import UserError
-from runner.interface import Metric, Spec, Stream, World, data_root, knob, own_id
+from runner.interface import Metric, Spec, Stream, World, knob
 
 _TASKS: dict[tuple, Task] = {}
 STARTS = Path(__file__).with_name("starts")
@@ -222,32 +221,13 @@ class PromptWorld(World):
         return STARTS
 
     def _start(self) -> dict[str, Tensor]:
-        from safetensors.torch import load_file
-
-        c = self.config
-        if c.start == "none":
-            return {}
-        path = self.starts() / f"{Path(c.own).parent.name}.safetensors" if c.start == "shipped" else \
-            data_root() / own_id(c.own, c.data_size) / "start.safetensors"
-        if not path.is_file():
-            raise UserError(f"no starting weights of this env are shipped: {path.name}\nbuild them: env.start=own, or begin from "
-                            "random weights: env.start=none" if c.start == "shipped" else
-                            f"the starting weights are not there: {path}")
-        return {k: v.float() for k, v in load_file(path).items()}
+        return starts.load(self.config, self.starts())
 
     def collect(self, runs, folder):
         """The weights of the run `start`, and how good they are."""
-        from safetensors.torch import save_file
-
         method = runs["start"].method
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in method.policy.state_dict().items()},
-                  folder / "start.safetensors")
         figures = self.evaluate(method, 0)
-        parameters = sum(p.numel() for p in method.policy.parameters())
-        headline = next(k for k in self.metrics if k in figures)
-        digest = hashlib.sha256((folder / "start.safetensors").read_bytes()).hexdigest()
-        return {"parameters": parameters, "metrics": figures, "digest": digest,
-                "told": f"a start of {parameters:,} parameters, {headline} {figures[headline]:.3f}"}
+        return starts.keep(method.policy, folder, figures, next(k for k in self.metrics if k in figures))
 
     # -- gold metrics
     def evaluate(self, method, seed):

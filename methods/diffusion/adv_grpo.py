@@ -96,7 +96,7 @@ class AdvGRPO(FlowPolicy):
         each = batch["condition"].repeat_interleave(x.shape[1])
         batch["real"] = stream.real(each, "real").view_as(x)
         if self.config.mode == "preference":
-            batch["proxy"], batch["real_proxy"] = (stream.reward(s, batch["condition"]) for s in (x, batch["real"]))
+            batch["real_proxy"] = stream.reward(batch["real"], batch["condition"])
         return batch
 
     def scores(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -130,7 +130,9 @@ class AdvGRPO(FlowPolicy):
             loss = hinge(self.scores(real, condition), self.scores(made, condition))
             self.minimise(loss, "reward")
             return {"reward": batch["reward"].mean(), "reward_deviation": batch["reward"].std(), "reward_loss": loss.detach()}
-        apart = batch["real_proxy"] - batch["proxy"] + (self.scores(real, condition)[0] - self.scores(made, condition)[0]).mean(1)
+        of_real, of_made = (self.scores(x, condition)[0].mean(1) for x in (real, made))
+        proxy = batch["reward"] - of_made.detach()  # H is still the one that rewarded
+        apart = batch["real_proxy"] - proxy + of_real - of_made
         hacks = (self.engine.mean(apart.detach().mean()) < 0).float()  # one decision for all processes
         told = super().update({**batch, "hacks": hacks})
         loss = -F.logsigmoid(apart).mean()

@@ -3,7 +3,7 @@
 The ODE becomes an SDE of the same marginals (methods/diffusion/flow.py, `flow`), so that every denoising step has a density,
 and the clipped ratio of densities is weighted by the advantage within a group of samples of one condition. This is the family's
 base as it stands (methods/diffusion/policy_gradient.py). `window` trains a few early steps and follows the ODE elsewhere
-(Flow-GRPO-Fast, MixGRPO); kl_weight anchors the generator to where it started; clip=inf-like values turn clipping off.
+(Flow-GRPO-Fast, MixGRPO); kl_weight anchors the generator to where it started; a very large clip turns clipping off.
 
 Differences from the official code: means and log-probabilities are of all trained steps at once; see the base for the defaults.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -19,7 +18,6 @@ from methods.diffusion.flow_matching import FlowMatching
 from runner.errors import UserError
 from runner.interface import Spec
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed")
 K = 20
 SPEC = Spec(sample_shape=(1, 8, 8), classes=10)
 

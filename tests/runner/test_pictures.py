@@ -7,15 +7,15 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 
 from envs.generation import drawing
 from runner.pictures import png
 
 
 def decoded(data: bytes):
-    image = pytest.importorskip("PIL.Image", reason="Pillow is in the extra `images`")
-    return torch.frombuffer(bytearray((i := image.open(io.BytesIO(data))).convert("RGB").tobytes()), dtype=torch.uint8) \
-        .view(i.height, i.width, 3)
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 3), (5, 7, 3), (240, 239, 3)])
