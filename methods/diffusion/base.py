@@ -142,6 +142,7 @@ class Generator(Method):
         """v (n, *shape); t (n,)."""
         return network(x, t, condition)
 
+    @torch.no_grad()  # else the averages would carry the graph of every update so far
     def after_update(self, rows):
         if self.averaged is not None:
             torch._foreach_lerp_(list(self.averaged.parameters()), list(self.network.parameters()), 1 - self.config.average)

@@ -98,6 +98,7 @@ class Course(NamedTuple):
     metrics: list[dict]  # of every update, as numbers
     states: list[dict]   # bits before the first update and after each
     finite: bool         # whether the state was, all the time
+    histories: list[str]  # tensors of the state that carry an autograd graph: it would grow with every update
     exported: tuple      # (number of tensors, description)
     samples: list | None  # of a method that generates, at the end
 
@@ -117,8 +118,10 @@ def _course(name, overrides, env, updates):
         states.append(bits(method))
         finite &= all(torch.isfinite(v).all().item() for v in method.state_dict().values() if v.is_floating_point())
     tensors, description = method.export()
+    histories = [k for k, v in method.state_dict(keep_vars=True).items() if v.grad_fn is not None]
     metrics = [{k: v.item() for k, v in line.items()} for line in returned]
-    return Course(world.spec(), returned[0], metrics, states, finite, (len(tensors), description), samples(method))
+    return Course(world.spec(), returned[0], metrics, states, finite, histories, (len(tensors), description),
+                  samples(method))
 
 
 class Interrupted(NamedTuple):

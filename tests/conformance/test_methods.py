@@ -28,6 +28,7 @@ def test_one_update_changes_parameters_and_nothing_becomes_infinite(name):
     assert course.states[0] != course.states[4]
     assert course.finite
     assert all(abs(v) < float("inf") for line in course.metrics for v in line.values())
+    assert not course.histories
 
 
 @every_method

@@ -49,9 +49,9 @@ def stacks(name) -> bool:
 
 
 def place(name) -> str:
-    """A small environment for it: PointMass data where they fit."""
+    """A small environment for it: PointMass data or the ring where they fit."""
     fits = BOOK.fitting(BOOK.methods(name))
-    return next((e for e in ("pointmass_medium", "pointmass_mix") if e in fits), fits[0])
+    return next((e for e in ("pointmass_medium", "pointmass_mix", "ring") if e in fits), fits[0])
 
 
 @pytest.mark.parametrize(("name", "seeds"), [(n, k) for n in logged(capturable()) for k in (1, 3)
@@ -71,6 +71,15 @@ def test_captured_updates_equal_usual_ones(name, seeds):
 def test_captured_pairs_equal_usual_ones(name, words):
     """Methods with statistics of the batch, or sums over all arms, beside the loss of each pair."""
     usual, graphs = (train(name, "bandit", 1, graph, 63, *words) for graph in (False, True))
+    assert graphs.graphs.graphs, "nothing was captured"
+    for key, value in usual.method.state_dict().items():
+        torch.testing.assert_close(graphs.method.state_dict()[key], value, rtol=1e-4, atol=1e-5, msg=lambda m: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("words", [["method.mode=preference"], ["method.mode=frozen"]])
+def test_captured_rewards_equal_usual_ones(words):
+    """Adv-GRPO's reward model, fitted between the generator's updates."""
+    usual, graphs = (train("adv_grpo", "digits", 1, graph, 63, *words) for graph in (False, True))
     assert graphs.graphs.graphs, "nothing was captured"
     for key, value in usual.method.state_dict().items():
         torch.testing.assert_close(graphs.method.state_dict()[key], value, rtol=1e-4, atol=1e-5, msg=lambda m: f"{key}: {m}")
