@@ -94,11 +94,11 @@ class Generator(Method):
         return 1
 
     def compile_networks(self):
-        blocks = getattr(self.network, "blocks", None)
         if not getattr(self.network, "compiles", False):
             return super().compile_networks()
-        for block in blocks:
-            block.compile()
+        for network in (self.network, self.averaged, self.reference):
+            if network is not None:
+                network.compile_blocks()
 
     def device(self) -> torch.device:
         return next(self.network.parameters()).device

@@ -1,6 +1,8 @@
 """A diffusion transformer (Peebles & Xie 2023, arXiv 2212.09748): patches as tokens, pre-norm blocks whose norms are shifted,
 scaled and gated by the time and the condition (adaLN-zero). DiT-B at patch 2 has 12 blocks of width 768: 130 million
-parameters."""
+parameters. All norms' shifts, scales and gates come from one product.
+
+With hardware.compile=true and half precision on a GPU, blocks run in the fused kernels of dit_triton.py: the same formulas."""
 
 from __future__ import annotations
 
@@ -39,16 +41,13 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.modulation = nn.Linear(width, 6 * width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.rise, self.fall = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, x: Tensor, signal: Tensor) -> Tensor:
-        """x (n, tokens, width), signal (n, width)."""
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """x (n, tokens, width); modulation (n, 6, width): shift, scale, gate of attention, then of the MLP."""
         n, tokens, width = x.shape
-        shift, scale, gate, shift2, scale2, gate2 = self.modulation(signal)[:, None].to(x.dtype).chunk(6, 2)
+        shift, scale, gate, shift2, scale2, gate2 = modulation[:, None].unbind(2)
         h = F.layer_norm(x, (width,)) * (1 + scale) + shift
         q, k, v = self.qkv(h).view(n, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width)
@@ -73,10 +72,19 @@ class DiT(nn.Module):
         self.label = nn.Embedding(classes + 1, width)
         nn.init.normal_(self.label.weight, std=0.02)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.modulation, self.leave = nn.Linear(width, 2 * width), nn.Linear(width, size)
+        self.modulation, self.leave = nn.Linear(width, (6 * depth + 2) * width), nn.Linear(width, size)
         for layer in (self.modulation, self.leave):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        self.fused = False
+
+    def compile_blocks(self):
+        """Fused kernels in half precision on a GPU, else torch.compile."""
+        weight = self.blocks[0].qkv.weight
+        if weight.is_cuda and weight.shape[1] // self.blocks[0].heads in (16, 32, 64, 128):
+            self.fused = True
+        for block in self.blocks:
+            block.compile()
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         c, height, width = self.shape
@@ -85,11 +93,23 @@ class DiT(nn.Module):
         signal = F.silu(self.time(embedding_of(t, 256)) + self.label(condition))
         h = self.enter(tokens)
         h = h + self.place.to(h.dtype)  # under autocast the residual stream has the products' precision: half the bytes
-        for block in self.blocks:
-            h = block(h, signal)
-        shift, scale = self.modulation(signal)[:, None].chunk(2, 2)
-        h = self.leave(F.layer_norm(h, h.shape[-1:]) * (1 + scale) + shift)
+        if self.fused and h.element_size() == 2:
+            from methods.diffusion import dit_triton
+            h = dit_triton.transformer(self, h, signal)
+        else:
+            *blocks, end = self.modulations(self.modulation(signal).to(h.dtype))
+            for block, modulation in zip(self.blocks, blocks):
+                h = block(h, modulation)
+            shift, scale = end[:, None].unbind(2)
+            h = F.layer_norm(h, h.shape[-1:]) * (1 + scale) + shift
+        h = self.leave(h)
         return h.view(-1, height // p, width // p, c, p, p).permute(0, 3, 1, 4, 2, 5).reshape(-1, c, height, width)
+
+    def modulations(self, joint: Tensor) -> list[Tensor]:
+        """What `modulation` gives: (n, 6, width) for each block, (n, 2, width) for the end."""
+        numbers = [6] * len(self.blocks) + [2]
+        width = joint.shape[1] // sum(numbers)
+        return [m.unflatten(1, (-1, width)) for m in joint.split([n * width for n in numbers], 1)]
 
     def products(self, rows: int) -> int:
         """Multiply-adds of a forward pass on `rows` samples: matrices and attention."""

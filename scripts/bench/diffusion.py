@@ -1,14 +1,16 @@
 """Speed of generators on the GPU where there is one: Flow-GRPO's update captured and not, a DiT's training and sampling.
 
-    python scripts/bench/diffusion.py [policy] [dit] [--steps N] [--width 768 --depth 12]
+    python scripts/bench/diffusion.py [policy] [dit] [--steps N] [--shapes 12x768x64 12x768x256 7x1024x64] [--peer]
 
 policy: flow_grpo on env=ring at size=claim through the loop (rollouts, 16 optimiser steps), recorded in CUDA graphs and update
 by update; seconds of an update each, medians of repeats that take turns. Target: 20 times.
 
-dit: DiT-B/2 (12 x 768, 130 million parameters) at 32 x 32 x 4, batch 64, bf16 autocast, compiled blocks: a training step of
-flow_matching with its optimiser, and 50 ODE steps of generation. Model FLOPs are twice the multiply-adds of matrices and
-attention (methods/diffusion/dit.py), times 3 in training; MFU is their share of the card's dense bf16 peak (989 TFLOP/s on an
-H100 or H200), beside what one large bf16 product reaches there: the matmul floor. Target: 45 % in training.
+dit: diffusion transformers of about 130 million parameters at 32 x 32 x 4, patches of 2, bf16 autocast, captured, with
+hardware.compile's fused kernels; a shape is depth x width x batch, and 12x768 is DiT-B/2. A training step of flow_matching with
+its optimiser, and 50 ODE steps of generation; --peer: the same with torch.compile of the whole network. Model FLOPs are twice the
+multiply-adds of matrices and attention (methods/diffusion/dit.py), times 3 in training; MFU is their share of the card's dense
+bf16 peak (989 TFLOP/s on an H100 or H200), beside what one large bf16 product reaches there: the matmul floor. Target: 45 % in
+training.
 """
 
 from __future__ import annotations
@@ -86,14 +88,17 @@ def policy(device: str, repeats: int = 5, updates: int = 10):
         print(f"flow_grpo on ring, {name}: {took * 1e3:.2f} ms an update, {eager / took:.1f} times eager", flush=True)
 
 
-def dit(device: str, steps: int, width: int, depth: int, batch: int = 64, sampling: int = 50):
+def dit(device: str, steps: int, depth: int, width: int, batch: int, peer: bool, sampling: int = 50):
     spec = Spec(sample_shape=(4, 32, 32), classes=1000)
     method = FlowMatching(FlowMatching.Config(learning_rate=1e-4, sampler_steps=sampling))
     method.blueprint = DiTPolicy(DiTPolicy.Config(width=width, depth=depth, heads=width // 64))
     torch.manual_seed(0)
     method.setup(spec)
     method.to(device)
-    if device == "cuda":
+    if device == "cuda" and peer:
+        torch._dynamo.reset()
+        method.network.compile()
+    elif device == "cuda":
         method.compile_networks()
     method.make_optimizers()
     method.draws = Draws(0, device)
@@ -136,7 +141,8 @@ def dit(device: str, steps: int, width: int, depth: int, batch: int = 64, sampli
         update()
     took = clock(update, steps, device)
     memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device == "cuda" else 0
-    print(f"DiT {depth} x {width}, {parameters / 1e6:.0f} M parameters, batch {batch}: training {took * 1e3:.1f} ms a step, "
+    print(f"DiT {depth} x {width}, {parameters / 1e6:.0f} M parameters, batch {batch}"
+          f"{', torch.compile' if peer else ''}: training {took * 1e3:.1f} ms a step, "
           f"{batch / took:,.0f} samples/s, {3 * flops / took / 1e12:.0f} TFLOP/s, MFU {3 * flops / took / PEAK:.1%}; "
           f"a large product reaches {floor / 1e12:.0f} TFLOP/s ({floor / PEAK:.1%}), at which the step's would take "
           f"{3 * flops / floor * 1e3:.1f} ms; peak {memory:.1f} GiB", flush=True)
@@ -149,15 +155,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["policy", "dit"], choices=["policy", "dit"])
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--depth", type=int, default=12)
+    parser.add_argument("--shapes", nargs="*", default=["12x768x64", "12x768x256", "7x1024x64"])
+    parser.add_argument("--peer", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     if "policy" in a.what:
         policy(a.device)
     if "dit" in a.what:
-        dit(a.device, a.steps, a.width, a.depth)
+        for shape in a.shapes:
+            dit(a.device, a.steps, *map(int, shape.split("x")), peer=False)
+        if a.peer:
+            dit(a.device, a.steps, *map(int, a.shapes[0].split("x")), peer=True)
 
 
 if __name__ == "__main__":

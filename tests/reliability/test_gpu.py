@@ -105,7 +105,9 @@ def test_captured_online_training_equals_usual_training(name):
 
 @pytest.mark.parametrize(("name", "env", "words"), [
     ("cfg", "ring", []), ("ddpm", "ring", []), ("flow_grpo", "digits", []),
-    ("flow_matching", "digits", ["policy=dit", "policy.width=64", "policy.depth=2", "hardware.precision=bf16-mixed"])])
+    ("flow_matching", "digits", ["policy=dit", "policy.width=64", "policy.depth=2", "hardware.precision=bf16-mixed"]),
+    ("flow_matching", "digits", ["policy=dit", "policy.width=64", "policy.depth=2", "hardware.precision=bf16-mixed",
+                                 "hardware.compile=true"])])
 def test_recorded_generation_is_the_usual_one(name, env, words):
     """Before and after some training, whose weights a graph reads where they lie."""
     loop = train(name, env, 1, False, 3, *words)
@@ -123,6 +125,44 @@ def test_recorded_generation_is_the_usual_one(name, env, words):
         assert first is None or not torch.equal(first, drawn[0])  # the weights have moved
         first, loop.settings = drawn[0], Settings(steps=6, log_every=17)
         loop.run()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("library", [True, False])
+@pytest.mark.parametrize(("width", "heads", "side"), [(128, 2, 16), (96, 6, 12), (256, 2, 40)])
+def test_a_transformers_fused_kernels_are_its_formulas(width, heads, side, library, dtype, monkeypatch):
+    """Output, gradients of the input and of every weight: as near to float32 as torch's own half precision, with tokens that fill
+    blocks of kernels (64) and that do not (36, 400)."""
+    from methods.diffusion import cublaslt
+    from methods.diffusion.dit import DiT
+
+    if not library:
+        monkeypatch.setattr(cublaslt, "available", lambda: False)
+    else:
+        assert cublaslt.available()
+    torch.manual_seed(0)
+    network = DiT((4, side, side), 5, width, 2, heads, 2).cuda()
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.5 / p.shape[-1] ** 0.5)
+    x, t, condition = torch.randn(3, 4, side, side, device="cuda"), torch.rand(3, device="cuda"), torch.arange(3).cuda()
+    towards = torch.randn_like(x)
+
+    def results(fused, half):
+        network.fused, given = fused, x.clone().requires_grad_()
+        network.zero_grad()
+        with torch.autocast("cuda", dtype, enabled=half):
+            out = network(given, t, condition).float()
+            with torch.no_grad():
+                alone = network(given, t, condition).float()
+        (out * towards).sum().backward()
+        return [out.detach(), alone, given.grad, *(p.grad for p in network.parameters())]
+
+    names = ["out", "without gradients", "x", *(n for n, _ in network.named_parameters())]
+    for name, exact, usual, fused in zip(names, results(False, False), results(False, True), results(True, True), strict=True):
+        assert fused.dtype == exact.dtype and fused.shape == exact.shape
+        error, allowed = (((a - exact).norm() / exact.norm()).item() for a in (fused, usual))
+        assert error <= 1.5 * allowed + 1e-5, (name, error, allowed)
+        assert torch.isfinite(fused).all()
 
 
 def test_updates_never_wait_for_the_host():
