@@ -3,7 +3,7 @@
 One update is one batch of rollouts, gone through `passes` times in `minibatches` steps of the optimiser:
 
     1. collect   Q = `prompts` conditions, G = `samples` each, by `steps` deterministic steps of the weights as they are; the
-                 reward of each
+                 reward of each, which is the proxy or a learned one (env.judge_run)
     2. pair      of each group the best as winner and the worst as loser; where all are equal the first two
     3. loss      and what else there is to pairs (methods/diffusion/preferences.py), each pass with its own t and noise
 
