@@ -65,7 +65,7 @@ class Judging(Generator):
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch: chosen, rejected (n, *shape), condition, tie (n,)."""
         x = torch.cat([batch["chosen"], batch["rejected"]])
-        winner, loser = self.rating(x, batch["condition"].repeat(2)).chunk(2)
+        winner, loser = self.rating(x, batch["condition"].repeat(2)).float().chunk(2)
         rows = SimpleNamespace(winner=winner, loser=loser, tie=batch["tie"], told={})
         loss, penalty = self.loss(rows), self.penalty(rows)
         self.advance(loss if penalty is None else loss + penalty)
@@ -78,7 +78,7 @@ class Judging(Generator):
     @torch.no_grad()
     def score(self, x: Tensor, condition: Tensor) -> Tensor:
         """r (n,) of finished samples."""
-        return (self.rating if self.smoothed is None else self.smoothed)(x, condition)
+        return (self.rating if self.smoothed is None else self.smoothed)(x, condition).float()
 
     def tie_probability(self, difference: Tensor) -> Tensor:
         """Of a tie, between samples whose ratings differ by so much (n,)."""
