@@ -2,8 +2,8 @@
 
 One update is one batch of rollouts, gone through `passes` times in `minibatches` steps of the optimiser:
 
-    1. collect   Q = `prompts` conditions, G = `samples` each, by `steps` deterministic steps of the weights as they are; the
-                 reward of each, which is the proxy or a learned one (env.judge_run)
+    1. collect   Q = `prompts` conditions, G = `samples` each, by `steps` deterministic steps of the network `sampling`, which
+                 is the one that learns; the reward of each, which is the proxy or a learned one (env.judge_run)
     2. pair      of each group the best as winner and the worst as loser; where all are equal the first two
     3. loss      and what else there is to pairs (methods/diffusion/preferences.py), each pass with its own t and noise
 
@@ -30,7 +30,7 @@ class OnlinePairs(PairRegression):
         samples: int = knob(8, "G: rollouts of each (officially 24)", low=2)
         steps: int = knob(10, "of a rollout (officially 40)", low=1)
         minibatches: int = knob(1, "optimiser steps a pass", low=1)
-        passes: int = knob(1, "over a batch", low=1)
+        passes: int = knob(1, "over a batch, each with its own times and noise (officially 39)", low=1)
 
     PARTS = ("collect", "pair", *PairRegression.PARTS)
 
@@ -57,6 +57,10 @@ class OnlinePairs(PairRegression):
         return {"reward": batch["reward"].mean(), "reward_gap": (batch["chosen_reward"] - batch["rejected_reward"]).mean(),
                 **{k: torch.stack([line[k] for line in told]).mean() for k in told[0]}}
 
+    def sampling(self) -> torch.nn.Module:
+        """The network that pairs are drawn from."""
+        return self.network
+
     # -- parts
     @torch.no_grad()
     def collect(self, stream) -> dict[str, Tensor]:
@@ -66,7 +70,7 @@ class OnlinePairs(PairRegression):
         noise = self.noise("start", (len(condition), p, *self.spec.sample_shape)).flatten(0, 1)
         times = self.grid(c.steps)
         with self.autocast():
-            walk = self.walk(self.begin(noise), condition.repeat_interleave(p), self.network)
+            walk = self.walk(self.begin(noise), condition.repeat_interleave(p), self.sampling())
             for j in range(c.steps):
                 walk.x = self.stride(walk, times, j, "ode", 0.0).mean
         x = walk.x.view(len(condition), p, *walk.x.shape[1:])

@@ -134,6 +134,13 @@ def test_rollouts_are_the_generators_own_and_rewarded_by_the_world():
     torch.testing.assert_close(batch["rejected_reward"], groups.amin(1))
     for side in ("chosen", "rejected"):
         torch.testing.assert_close(stream.reward(batch[side], batch["condition"]), batch[f"{side}_reward"])
+    with torch.no_grad():
+        for p in method.network.parameters():  # the reference samples
+            p.add_(0.3)
+    assert torch.equal(method.collect(stream)["chosen"], batch["chosen"])
+    method.config = type(method.config)(**{**vars(method.config), "rollouts": "current"})
+    batch = method.collect(stream)
+    groups = batch["reward"].view(5, 6)
     noise = method.noise("start", (30, 4, 2)).flatten(0, 1)
     condition = stream.conditions(5).repeat_interleave(24)
     method.config = type(method.config)(**{**vars(method.config), "sampler_steps": 7})
