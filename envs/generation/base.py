@@ -4,23 +4,29 @@ Kinds of batches, each a dict of tensors; shape = Spec.sample_shape, P = Spec.po
 
     samples     x (n, *shape), condition (n,): drawn from the data, a share `flips` of the conditions false
     rewarded    what the method's part `collect` makes of the stream's `conditions` and `reward`: generation under reinforcement
-    preferred   chosen, rejected (n, *shape), condition, chosen_reward, rejected_reward (n,): pairs of the start's own samples,
-                the winner drawn by Bradley-Terry of the proxy at `label_temperature`
+    preferred   chosen, rejected (n, *shape), condition, chosen_reward, rejected_reward, tie (n,): pairs of the start's own
+                samples, the winner drawn by Bradley-Terry of the proxy at `label_temperature`; a share `ties`, those of the
+                closest rewards, is called ties and ordered by a coin
 
 Everything drawn is a function of (seed, name, number of the batch): only counters are saved, and the start's samples.
-A subclass defines the data (`sample`), the proxy (`reward`) and the gold metrics (`judge`).
+A subclass defines the data (`sample`), the proxy (`reward`) and the gold metrics (`judge`). With `judge_run` a finished run of a
+reward model rewards and labels in the proxy's place (`rated`), while the proxy is still measured: how far a learned reward is
+over-optimised can be seen. A method that has learned to judge is itself judged by held-out pairs (`on_ratings`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from envs.generation.metrics import calibration_error, rank_correlation
 from runner import starts
 from runner.draws import BLOCK, Draws
+from runner.errors import UserError
 from runner.interface import Metric, Spec, Stream, World, knob
 
 STARTS = Path(__file__).with_name("starts")
@@ -81,9 +87,9 @@ class Rewarded(Drawing):
         return out
 
     def reward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """The proxy of x (n, P, *shape) under condition (n,): the mean over the P samples, (n,)."""
+        """The proxy, or what was learned of it, of x (n, P, *shape) under condition (n,): the mean over the P samples, (n,)."""
         n, p = x.shape[:2]
-        return self.world.reward(x.flatten(0, 1), condition.repeat_interleave(p)).view(n, p).mean(1)
+        return self.world.rated(x.flatten(0, 1), condition.repeat_interleave(p)).view(n, p).mean(1)
 
     def real(self, condition: Tensor, name: str) -> Tensor:
         """Samples of the data under these conditions (n,): reference examples, for methods that compare with some."""
@@ -97,25 +103,9 @@ class Preferred(Drawing):
         super().__init__(world, method, seed, start)
         self.pairs: dict[str, Tensor] = {}
 
-    def make(self):
-        """The pool: two samples a condition, labelled by Bradley-Terry of the proxy."""
-        world, c = self.world, self.world.config
-        g = torch.Generator().manual_seed(self.method.seed + 77)
-        spec = world.spec()
-        condition = torch.randint(spec.classes, (c.pairs,), generator=g)
-        noise = torch.randn(2, c.pairs, *spec.sample_shape, generator=g)
-        label = torch.rand(c.pairs, generator=g).to(world.device)
-        condition = condition.to(world.device)
-        a, b = (torch.cat([self.method.draw(n, k, g).x for n, k in zip(some.to(world.device).split(4096), condition.split(4096))])
-                for some in noise)
-        ra, rb = world.reward(a, condition), world.reward(b, condition)
-        first = label < torch.sigmoid((ra - rb) / c.label_temperature)
-        self.pairs = {"chosen": pick(first, a, b), "rejected": pick(first, b, a), "condition": condition,
-                      "chosen_reward": pick(first, ra, rb), "rejected_reward": pick(first, rb, ra)}
-
     def ready(self, number):
         if not self.pairs:
-            self.make()
+            self.pairs = self.world.compared(self.method, self.world.config.pairs, self.method.seed + 77)
         super().ready(number)
 
     def take(self):
@@ -146,13 +136,21 @@ class GenerationWorld(World):
         flips: float = knob(0.0, "share of the samples with a false condition", low=0.0, high=1.0)
         pairs: int = knob(4096, "pairs in the pool of preferences", low=2)
         label_temperature: float = knob(0.2, "of the Bradley-Terry labels", low=1e-6)
+        ties: float = knob(0.0, "share of the pairs that are called ties: those of the closest rewards", low=0.0, high=1.0)
+        judge_run: str = knob("", "folder of a finished run of method=sample_reward_model (or bradley_terry_ties) on this env, "
+                              "which rewards and labels in the place of the proxy")
         eval_samples: int = knob(3000, "generated samples that are judged", low=8)
 
+    learned = None  # the reward of `judge_run`
     drawn = 12  # samples of each condition that `pictures` shows
 
     metrics = {
         "energy": Metric("min", "", "energy distance to the true distribution, mean over conditions"),
         "proxy": Metric("max", "", "mean proxy reward of single samples"),
+        "judged": Metric("max", "", "mean learned reward of single samples (env.judge_run)"),
+        "pair_accuracy": Metric("max", "", "share of held-out pairs, ties apart, of which the preferred sample is rated higher"),
+        "rank_agreement": Metric("max", "", "rank correlation of ratings and the proxy, mean over conditions"),
+        "tie_error": Metric("min", "", "mean gap of predicted and true shares of ties, in ten bins of the prediction"),
         "calls": Metric("min", "calls", "network calls that a sample needed"),
         "ratio_shift": Metric("none", "std", "mean over deviation of the log-ratios at the last trained step, mean over the run"),
         "ratio_bias": Metric("min", "std", "its absolute value"),
@@ -175,9 +173,54 @@ class GenerationWorld(World):
         raise NotImplementedError
 
     def stream(self, method, kind, seed):
+        if self.config.judge_run:
+            self.learned, self.learned_digest = self._judge(method)
         cls = {"samples": Samples, "rewarded": Rewarded, "preferred": Preferred}[kind]
         own = getattr(method.blueprint, "own_weights", False)  # then the start is the policy's business
         return cls(self, method, seed, self._start() if (kind != "samples" or method.starts) and not own else {})
+
+    def _judge(self, method):
+        """(the reward that `judge_run` has learned, the digest of its weights)"""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        told, place = f"env.judge_run={self.config.judge_run}", Path(self.config.judge_run).expanduser()
+        file = place / "weights.safetensors" if place.is_dir() else place
+        if not file.is_file():
+            raise UserError(f"{told} is no folder of a finished run: {file} is not there\n"
+                            "runs and their folders: python -m runner results method=sample_reward_model")
+        try:
+            return method.rater(load_file(file)), hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        except SafetensorError as error:
+            raise UserError(f"{told}: {file.name} can't be read: {error}\ngive the folder of a finished run") from None
+        except UserError as error:
+            raise UserError(f"{told}: {error}") from None
+
+    def provenance(self):
+        return {"judge": self.learned_digest} if self.learned else {}
+
+    def rated(self, x: Tensor, condition: Tensor) -> Tensor:
+        """What methods are rewarded by, (n,): the proxy, or what `judge_run` has learned."""
+        return self.learned(x, condition) if self.learned else self.reward(x, condition)
+
+    def proxies(self, own: tuple) -> tuple:
+        """Spec.proxies: the world's own ones, or the learned one alone, which comes with the stream."""
+        return (self.rated,) if self.config.judge_run else own
+
+    def compared(self, method, number: int, seed: int) -> dict[str, Tensor]:
+        """`number` pairs of samples that the method draws, two a condition, labelled."""
+        c, g, spec = self.config, torch.Generator().manual_seed(seed), self.spec()
+        condition = torch.randint(spec.classes, (number,), generator=g)
+        noise = torch.randn(2, number, *spec.sample_shape, generator=g)
+        label = torch.rand(number, generator=g).to(self.device)
+        condition = condition.to(self.device)
+        a, b = (torch.cat([method.draw(n, k, g).x for n, k in zip(some.to(self.device).split(4096), condition.split(4096))])
+                for some in noise)
+        ra, rb = self.rated(a, condition), self.rated(b, condition)
+        tie = (ra - rb).abs().argsort().argsort() < round(c.ties * number)
+        first = label < torch.sigmoid((ra - rb) / c.label_temperature).masked_fill(tie, 0.5)
+        return {"chosen": pick(first, a, b), "rejected": pick(first, b, a), "condition": condition, "tie": tie,
+                "chosen_reward": pick(first, ra, rb), "rejected_reward": pick(first, rb, ra)}
 
     def starts(self) -> Path:
         return STARTS
@@ -197,6 +240,8 @@ class GenerationWorld(World):
         return {}
 
     def pictures(self, method, seed):
+        if getattr(method, "judges", False):
+            return {}
         spec, g = self.spec(), torch.Generator().manual_seed(seed)
         number = min(self.config.eval_samples, self.drawn * spec.classes)
         condition = (torch.arange(number) % spec.classes).to(self.device)
@@ -204,8 +249,24 @@ class GenerationWorld(World):
         out = method.draw(noise, condition, g, path=True)
         return self.show(out.x, condition, out.path)
 
+    def on_ratings(self, method, seed) -> dict[str, float]:
+        """Of a method that has learned to judge: how it rates fresh pairs."""
+        pairs = self.compared(method, self.config.eval_samples, 500_077 + seed)
+        condition, tie = pairs["condition"], pairs["tie"]
+        sides = [pairs["chosen"].float(), pairs["rejected"].float()]
+        rated, proxy = ([of(x, condition) for x in sides] for of in (method.score, self.reward))
+        gap = rated[0] - rated[1]
+        right = (torch.sign(gap) / 2 + 0.5)[~tie]
+        twice, rated, proxy = condition.repeat(2), torch.cat(rated), torch.cat(proxy)
+        each = [rank_correlation(rated[twice == c], proxy[twice == c]) for c in twice.unique()]
+        return {"pair_accuracy": right.mean().item() if len(right) else 0.5,
+                "rank_agreement": torch.stack(each).mean().item(),
+                "tie_error": calibration_error(method.tie_probability(gap), tie).item()}
+
     def evaluate(self, method, seed):
         """As many samples of every condition, from noise that is the same for every method; what the method tells of itself."""
+        if getattr(method, "judges", False):
+            return self.on_ratings(method, seed)
         spec, g = self.spec(), torch.Generator().manual_seed(seed)
         number = self.config.eval_samples
         condition = (torch.arange(number) % spec.classes).to(self.device)
@@ -218,5 +279,7 @@ class GenerationWorld(World):
 
         true = self.sample(condition, fresh)
         told = {k: v for k, v in method.inspect({}).items() if k in self.metrics}
+        if self.learned:
+            told["judged"] = self.learned(x, condition).mean()
         return {**self.judge(x, true, condition), "proxy": self.reward(x, condition).mean().item(), "calls": calls.mean().item(),
                 **{k: v.item() for k, v in told.items()}}

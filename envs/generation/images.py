@@ -61,10 +61,10 @@ class Images(GenerationWorld):
         self.count, self.first = count, count.cumsum(0) - count  # rows are sorted by label
 
     def spec(self):
-        return Spec(sample_shape=self.shape, classes=self.classes)
+        return Spec(sample_shape=self.shape, classes=self.classes, proxies=self.proxies(()))
 
     def provenance(self):
-        return {"images": {k: len(x) for k, (x, _) in self.parts.items()}, "digest": self.digest,
+        return {**super().provenance(), "images": {k: len(x) for k, (x, _) in self.parts.items()}, "digest": self.digest,
                 **({"skipped": len(self.skipped), "skipped_first": self.skipped[:5]} if self.skipped else {})}
 
     def sample(self, condition, draw):

@@ -44,3 +44,18 @@ def effective(counts: Tensor) -> Tensor:
     """exp(entropy) of a histogram: how many of its bins are in use."""
     p = counts / counts.sum().clamp(min=1)
     return (-(p * p.clamp(min=1e-12).log()).sum()).exp()
+
+
+def rank_correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Spearman's, of x, y (n,) without equal values; 0 of fewer than two."""
+    if len(x) < 2:
+        return torch.zeros((), dtype=torch.float64, device=x.device)
+    ranks = torch.stack([v.argsort().argsort().double() for v in (x, y)])
+    return torch.corrcoef(ranks)[0, 1]
+
+
+def calibration_error(predicted: Tensor, happened: Tensor, bins: int = 10) -> Tensor:
+    """Mean over n of the gap between the mean probability predicted and the share that happened, in equal bins of the former."""
+    place = (predicted * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(bins, dtype=torch.float64, device=predicted.device)
+    return gap.index_add_(0, place, predicted.double() - happened.double()).abs().sum() / len(predicted)

@@ -97,7 +97,7 @@ class Plane(GenerationWorld):
                 torch.randn if kind == "normal" else torch.rand)(shape, generator=g).to(self.device)).view(self.classes, 256, 2)
 
     def spec(self):
-        proxies = tuple(functools.partial(self._proxy, kind) for kind in self.kinds)
+        proxies = self.proxies(tuple(functools.partial(self._proxy, kind) for kind in self.kinds))
         return Spec(sample_shape=(2,), classes=self.classes, points=self.config.points, exact=self.teacher, proxies=proxies)
 
     def _start(self):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from methods.common.networks import CosineRate, adam
 from methods.diffusion import flow
 from methods.diffusion.graphed import Graphed
+from methods.diffusion.rater import rater_of
 from runner.errors import UserError
 from runner.interface import Drawn, Method, Spec, knob
 
@@ -126,6 +127,11 @@ class Generator(Method):
             raise UserError("method.model=exact: this env knows no exact velocity\nenvs of mixtures do, such as ring; "
                             "or train the network: method.model=trained")
         self.exact = self.spec.exact
+
+    def rater(self, weights: dict[str, Tensor]):
+        """A function (x (n, *shape), condition (n,)) -> reward (n,), differentiable: what a finished run of a reward model of
+        such samples has learned."""
+        return rater_of(weights, self.spec).to(self.device())
 
     def advance(self, loss: Tensor, scale: Tensor | None = None):
         """One step of the optimiser; scale (): of its learning rate."""

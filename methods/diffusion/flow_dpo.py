@@ -7,7 +7,7 @@ generator at the start. The theory gives beta_t = beta (1 - t)^2 (`weight=theory
 errors); the paper finds a constant beta better and less easily hacked. beta goes with the mean over D (officially 100).
 
 A loser's larger error is rewarded without bound, and both errors may rise: metrics winner_gap, loser_gap (m - m_ref).
-Not reproduced: the online form, whose reference is refreshed; the reward model with ties.
+The online form, whose reference is refreshed, is flow_dpo_online; the paper's reward model with ties, bradley_terry_ties.
 """
 
 from __future__ import annotations

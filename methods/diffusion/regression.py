@@ -38,7 +38,10 @@ class Regression(Generator):
 
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch: x (n, *shape), condition (n,) int64."""
-        rows = self.gather(batch)
+        return self.learn(self.gather(batch))
+
+    def learn(self, rows: SimpleNamespace) -> dict[str, Tensor]:
+        """One step of the optimiser."""
         rows.x_t, rows.target = self.corrupt(rows.x, rows.noise, rows.t)
         rows.v = self.velocity(self.network, rows.x_t, rows.t, rows.condition)
         rows.error = self.error(rows)
