@@ -17,7 +17,8 @@ best of them, and its interval pays for the choice. A study may instead fit a cu
 
 judges the slope of the metric over a swept arm's knob, fitted seed by seed (runner/analyses.py).
 
-`tune` picks each arm's values on seeds that are not used again; every arm must be given equally many points. Seeds are paired:
+`tune` picks each arm's values on seeds that are not used again; every arm must be given equally many points, and a number
+picked at the end of its range is told with the verdict. Seeds are paired:
 arm by arm the same seeds, and so the same data and start states.
 
 Verdict: of the paired differences (method - baseline) the studentised bootstrap interval at 95 %, stratified by setting:
@@ -205,6 +206,18 @@ def _tune(plan: Plan, book, common, options, say) -> dict[str, list[str]]:
     return {arm: point for arm, (_, point) in best.items()}
 
 
+def ends(arm: Arm, chosen: list[str]) -> list[str]:
+    """Sentences on numbers that tuning picked at an end of three values or more: the best may lie beyond."""
+    picked, out = dict(o.split("=", 1) for o in chosen), []
+    for setting, tried in arm.tune.items():
+        if len(tried) > 2 and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in tried) and setting in picked:
+            value = float(picked[setting].strip('"'))
+            if value in (min(tried), max(tried)):
+                out.append(f"arm {arm.name}: {setting}={value:g} is the {'lowest' if value == min(tried) else 'highest'} value "
+                           f"tried ({', '.join(f'{v:g}' for v in sorted(tried))}); the best may lie beyond")
+    return out
+
+
 def check(name: str, book: Catalogue, options: dict, common: list[str], seeds: str | None, say) -> dict:
     """Run a claim's missing runs and judge. Returns the record (the schema of claims/<name>.json)."""
     plan = load(name, book, seeds)
@@ -230,6 +243,7 @@ def judge(plan: Plan, todo: dict, chosen: dict, allow_mixed: bool, wall: float) 
         warnings.append(f"only {len(plan.seeds)} seeds: no verdict should be drawn from them")
     verdict, comparisons, study, said = (_study if "analysis" in text else _contest)(plan, arms)
     warnings += [w for w in said if w not in warnings]
+    warnings += [said for arm in plan.arms if arm.role != "other" for said in ends(arm, chosen.get(arm.name, []))]
     first = next(iter(done.values()), {})
     return {
         "claim": plan.name, "hypothesis": text["hypothesis"], "family": plan.family, "methods": text["methods"],

@@ -131,6 +131,15 @@ def test_the_best_of_several_arms_pays_for_the_choice(plan, tmp_path):
     assert many["interval"][0] < alone["interval"][0] and alone["verdict"] == "supported"
 
 
+@pytest.mark.parametrize(("tried", "picked", "said"), [
+    ([1e-3, 3e-4, 1e-2], "0.0003", "lowest"), ([1, 5, 20], "20", "highest"), ([1, 5, 20], "5", ""),
+    ([1, 5], "5", ""), (["drop", "coin", "keep"], "keep", ""), ([1e-4, 3e-4, 1e-3], '"1e-4"', "lowest")])
+def test_what_tuning_picks_at_the_end_of_a_range_is_said(tried, picked, said):
+    arm = claims.Arm("ours", "td3", "method", [], {"method.tau": tried})
+    told = claims.ends(arm, ["method.other=1", f"method.tau={picked}"])
+    assert len(told) == bool(said) and all(said in t and "arm ours: method.tau=" in t for t in told)
+
+
 def test_a_sweep_becomes_arms(plan):
     p = plan(arms={"new": {"method": "adpo", "sweep": {"method.tau": [0.5, 1.0]}}, "old": PLAN["arms"]["old"]})
     assert [a.name for a in p.arms] == ["new[tau=0.5]", "new[tau=1.0]", "old"]
