@@ -155,7 +155,9 @@ class GenerationWorld(World):
         "proxy": Metric("max", "", "mean proxy reward of single samples"),
         "calls": Metric("min", "calls", "network calls that a sample needed"),
         "ratio_shift": Metric("none", "std", "mean over deviation of the log-ratios at the last trained step, mean over the run"),
-        "ratio_bias": Metric("min", "std", "its absolute value"),
+        "ratio_shift_first": Metric("none", "std", "the same at the first trained step"),
+        "ratio_shift_middle": Metric("none", "std", "the same at the middle one"),
+        "ratio_bias": Metric("min", "std", "absolute value of ratio_shift"),
         "clip_balance": Metric("none", "", "share clipped for being too likely less share clipped for being too unlikely, there"),
     }
 

@@ -42,6 +42,8 @@ from methods.diffusion import flow
 from methods.diffusion.base import Generator
 from runner.interface import Spec, knob
 
+TOLD = ("ratio_shift_first", "ratio_shift_middle", "ratio_shift", "clip_balance")  # of the ratios, for the world
+
 
 @dataclasses.dataclass
 class Rollouts:
@@ -104,8 +106,8 @@ class FlowPolicy(Generator):
 
     def setup(self, spec: Spec):
         super().setup(spec)
-        for name in ("shift_sum", "balance_sum", "seen"):  # of the log-ratios at the last trained step, over the run
-            self.register_buffer(name, torch.zeros(()))
+        self.register_buffer("ratio_sums", torch.zeros(len(TOLD)))  # over the run, of the last optimiser step of each batch
+        self.register_buffer("seen", torch.zeros(()))
         self.register_buffer("going", torch.ones(()))  # 0 once `stop_at` was reached
         for name, table in self.transition(self.grid(self.config.steps))._asdict().items():
             self.register_buffer(f"step_{name}", table, persistent=False)
@@ -168,8 +170,8 @@ class FlowPolicy(Generator):
                 told.append(self.learn(batch, rows, pace, len(told) == self.steps_of_update() - 1))
         last = told[-1]
         with torch.no_grad():
-            self.shift_sum += last["shift_last"]
-            self.balance_sum += last["clip_high_last"] - last["clip_low_last"]
+            self.ratio_sums += torch.stack([last["shift_first"], last["shift_middle"], last["shift_last"],
+                                            last["clip_high_last"] - last["clip_low_last"]])
             self.seen += 1
         return {"reward": batch["reward"].mean(), "reward_deviation": batch["reward"].std(),
                 **{k: torch.stack([t[k] for t in told]).mean() for k in ("loss", "penalty") if k in last},
@@ -229,8 +231,8 @@ class FlowPolicy(Generator):
                 "clip_high": high.mean(), "clip_low": low.mean(), "clip_high_last": high[-1], "clip_low_last": low[-1]}
 
     def inspect(self, batch):
-        shift, balance = (v / self.seen.clamp(min=1) for v in (self.shift_sum, self.balance_sum))
-        return {"ratio_shift": shift, "ratio_bias": shift.abs(), "clip_balance": balance}
+        told = dict(zip(TOLD, self.ratio_sums / self.seen.clamp(min=1)))
+        return {**told, "ratio_bias": told["ratio_shift"].abs()}
 
     # -- parts
     def initial(self, number: int, points: int) -> Tensor:

@@ -296,6 +296,26 @@ def test_training_ends_at_the_reward_asked_for():
     assert told[0] < 0.3 <= max(told)
 
 
+def test_with_two_steps_a_batch_the_first_is_on_policy_and_the_world_is_told_of_the_second():
+    method, lines = policy(FlowGRPO, points=64), []
+    learn = method.learn
+
+    def look(batch, index, pace, telling):
+        return lines.append(learn(batch, index, pace, True)) or lines[-1]
+
+    method.learn = look
+    for _ in range(3):
+        method.update(method.collect(Line()))
+        method.updates += 1
+    assert len(lines) == 6
+    assert all(line["ratio_deviation_last"] < 1e-6 for line in lines[::2])   # r = 1 up to rounding
+    assert all(line["ratio_deviation_last"] > 1e-4 for line in lines[1::2])
+    told = method.inspect({})
+    for name, key in (("ratio_shift_first", "shift_first"), ("ratio_shift_middle", "shift_middle"), ("ratio_shift", "shift_last")):
+        assert told[name].item() == pytest.approx(sum(line[key].item() for line in lines[1::2]) / 3, rel=1e-5)
+    assert told["ratio_bias"] == told["ratio_shift"].abs() > 0.1
+
+
 def test_all_equal_rewards_give_no_nan():
     method = policy(FlowGRPO)
     batch = {**method.collect(Line()), "reward": torch.ones(16)}
