@@ -311,7 +311,8 @@ def test_with_two_steps_a_batch_the_first_is_on_policy_and_the_world_is_told_of_
     assert all(line["ratio_deviation_last"] < 1e-6 for line in lines[::2])   # r = 1 up to rounding
     assert all(line["ratio_deviation_last"] > 1e-4 for line in lines[1::2])
     told = method.inspect({})
-    for name, key in (("ratio_shift_first", "shift_first"), ("ratio_shift_middle", "shift_middle"), ("ratio_shift", "shift_last")):
+    for name, key in (("ratio_shift_first", "shift_first"), ("ratio_shift_middle", "shift_middle"),
+                      ("ratio_shift", "shift_last")):
         assert told[name].item() == pytest.approx(sum(line[key].item() for line in lines[1::2]) / 3, rel=1e-5)
     assert told["ratio_bias"] == told["ratio_shift"].abs() > 0.1
 
