@@ -79,6 +79,8 @@ class Plane(GenerationWorld):
     def __init__(self, config, device="cpu"):
         super().__init__(config, device)
         self.mixture = self.teacher = None
+        if MODES % config.groups:
+            raise UserError(f"env.groups={config.groups} does not divide the ring's {MODES} modes\ntake 1, 2, 4 or 8")
         if config.shape == "ring":
             self.mixture = self.teacher = ring(config.spread, config.groups, config.skewed).to(self.device)
             if config.tilt:
@@ -103,6 +105,7 @@ class Plane(GenerationWorld):
     def _start(self):
         if self.config.shape != "ring" and self.config.start == "shipped":
             raise UserError(f"env.shape={self.config.shape}: the weights that are shipped were trained on the ring\n"
+                            "name a finished run on this env: policy.path=FOLDER; or, if nothing has to be learned from them, "
                             "begin from random ones: env.start=none")
         return super()._start()
 

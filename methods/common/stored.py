@@ -29,13 +29,13 @@ def load_run(network: nn.Module, path: str, parts: tuple[str, ...]) -> nn.Module
     if part:
         found = {k.removeprefix(f"{part}."): v for k, v in found.items() if k.startswith(f"{part}.")}
     mine = network.state_dict()
-    wrong = [k for k in mine if k not in found or found[k].shape != mine[k].shape]
+    wrong = [k for k in {**mine, **found} if k not in mine or k not in found or found[k].shape != mine[k].shape]
     if wrong:
-        there = tuple(found[wrong[0]].shape) if wrong[0] in found else "missing"
-        raise UserError(f"policy.path={path}: the weights there are of another shape: {wrong[0]} is {there}, this policy "
-                        f"needs {tuple(mine[wrong[0]].shape)}\nset the policy's sizes as that run had them (policy.width, "
+        there, needed = (str(tuple(w[wrong[0]].shape)) if wrong[0] in w else "missing" for w in (found, mine))
+        raise UserError(f"policy.path={path}: the weights there are of another shape: {wrong[0]} is {there}, in this policy "
+                        f"it is {needed}\nset the policy's sizes as that run had them (policy.width, "
                         "…), and take an env like its own")
-    network.load_state_dict({k: found[k] for k in mine})
+    network.load_state_dict(found)
     return network
 
 

@@ -110,15 +110,21 @@ class Generator(Method):
 
     def load_start(self, start: dict[str, Tensor]):
         if start and not self.blueprint.own_weights:
-            wrong = [k for k, v in self.network.state_dict().items() if k not in start or start[k].shape != v.shape]
-            if wrong:
-                raise UserError(f"the env's starting weights are of another shape than this network ({wrong[0]})\nleave policy "
-                                "and its sizes as they are; or build a start of your own; or begin at random: env.start=none")
-            self.network.load_state_dict(start)
+            self.fill(self.network, start)
             self.begun = True
         for copied in (self.averaged, self.reference):
             if copied is not None:
                 copied.load_state_dict(self.network.state_dict())
+
+    def fill(self, network: nn.Module, start: dict[str, Tensor]):
+        """Load the weights that the world offers."""
+        own = network.state_dict()
+        wrong = [k for k in {**own, **start} if k not in own or k not in start or start[k].shape != own[k].shape]
+        if wrong:
+            raise UserError(f"the env's starting weights are of another shape than this network ({wrong[0]})\nleave policy "
+                            "and its sizes as they are; or name a finished run: policy.path=FOLDER; or, if nothing has to be "
+                            "learned from them, begin at random: env.start=none")
+        network.load_state_dict(start)
 
     def use_exact(self):
         """Put the world's exact velocity in the network's place (method.model=exact)."""

@@ -52,7 +52,7 @@ class ConsistencyDistillation(Taught, Consistency):
 
     def load_start(self, start):
         if start:
-            self.reference.load_state_dict(start)
+            self.fill(self.reference, start)
             self.begun = True
 
     def update(self, batch):

@@ -95,6 +95,9 @@ class Distillation(Taught, Generator):
         c = self.config
         self.fake = self.blueprint.build(spec)
         self.find_teacher()
+        if self.begun and c.initial == "random":
+            raise UserError("policy.path brings weights, with which the generator and the fake score then begin\n"
+                            "set method.initial=start; the teacher is that network, too, unless method.teacher=exact")
         if c.reward_weight and not spec.proxies:
             raise UserError("method.reward_weight: this env has no differentiable reward\nleave it at 0, or choose another env")
         for name in ("told_match", "told_gan", "told_reward"):  # of the generator's latest step
@@ -113,12 +116,12 @@ class Distillation(Taught, Generator):
         return list(self.fake.parameters())
 
     def load_start(self, start: dict[str, Tensor]):
-        self.begun = bool(start)
         if self.config.initial == "start":
             super().load_start(start)
             self.fake.load_state_dict(self.network.state_dict())
         elif start and self.learns_from_start:
-            self.reference.load_state_dict(start)
+            self.fill(self.reference, start)
+            self.begun = True
 
     # -- denoisers
     def hidden(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:

@@ -230,6 +230,31 @@ def test_images_are_learned_by_other_networks(cli, policy):
     assert done.code == 0, done.text
 
 
+@pytest.mark.parametrize(("words", "said"), [
+    ("method=flow_grpo env=ring policy.depth=2", "another shape than this network (blocks.1."),  # fewer blocks
+    ("method=dmd env=ring method.teacher=start policy.width=64", "another shape than this network (enter.weight)"),
+    ("method=consistency_distillation env=ring method.teacher=start policy.depth=2", "another shape than this network"),
+    ("method=dmd env=shapes", "comes with no starting weights\nname a finished run on it: policy.path=FOLDER"),
+    ("method=dmd env=moons", "name a finished run on this env: policy.path=FOLDER"),
+    ("method=dmd env=moons env.start=none", "a finished run of flow_matching on this env (policy.path=FOLDER)"),
+    ("method=flow_matching env=ring env.groups=3", "env.groups=3 does not divide the ring's 8 modes")])
+def test_starts_and_settings_that_do_not_serve_are_refused(cli, words, said):
+    done = cli(*words.split(), "size=smoke", "logger=none")
+    assert done.code == 2 and said in done.text, done.text
+
+
+@pytest.mark.parametrize("method", ["dmd method.initial=start", "consistency_distillation", "r0 method.reward_weight=0.0 "
+                                    "method.match_weight=1.0"])
+def test_a_finished_run_is_a_teacher_where_the_world_knows_none(cli, method):
+    common = ["env=moons", "size=smoke", "logger=none", "loop.steps=2"]
+    assert cli("method=flow_matching", *common).code == 0
+    run = next((cli.cwd / "runs").iterdir())
+    done = cli(f"method={method.split()[0]}", *method.split()[1:], *common, f"policy.path={run}")
+    assert done.code == 0, done.text
+    done = cli("method=dmd", *common, f"policy.path={run}")
+    assert done.code == 2 and "set method.initial=start" in done.text
+
+
 def test_a_reward_that_is_nan_ends_the_run(cli, monkeypatch):
     from envs.generation.plane import Plane as World
 
