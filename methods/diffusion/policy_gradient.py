@@ -6,8 +6,8 @@ times in `minibatches` steps of the optimiser. A sample is what is rewarded as o
 numbers in all.
 
      1. collect      Q = `prompts` conditions, G = `samples` rollouts each of `steps` steps, stochastic and trained in a window
-                     (all but the last where window = 0); x_j, log p_old and mu_old of the trained steps are kept.
-                     `initial` draws where they begin
+                     (window = 0: all stochastic, and all but the last trained); x_j, log p_old and mu_old of the trained steps
+                     are kept. `initial` draws where they begin
      2. reward       R_i of the finished sample, (N,); the world's proxy                                       (additive)
      3. advantage    A_i = (R_i - mean_g R) / (std + 1e-4), std of the group or the batch, cut to [-5, 5]; one for all steps
      4. transition   the Gaussian steps' coefficients over the grid (methods/diffusion/flow.py)
@@ -40,6 +40,7 @@ from torch import Tensor
 
 from methods.diffusion import flow
 from methods.diffusion.base import Generator
+from runner.errors import UserError
 from runner.interface import Spec, knob
 
 TOLD = ("ratio_shift_first", "ratio_shift_middle", "ratio_shift", "clip_balance")  # of the ratios, for the world
@@ -105,12 +106,24 @@ class FlowPolicy(Generator):
         return self.config.kl_weight > 0
 
     def setup(self, spec: Spec):
+        self.check_sizes()
         super().setup(spec)
         self.register_buffer("ratio_sums", torch.zeros(len(TOLD)))  # over the run, of the last optimiser step of each batch
         self.register_buffer("seen", torch.zeros(()))
         self.register_buffer("going", torch.ones(()))  # 0 once `stop_at` was reached
         for name, table in self.transition(self.grid(self.config.steps))._asdict().items():
             self.register_buffer(f"step_{name}", table, persistent=False)
+
+    def check_sizes(self):
+        c = self.config
+        if c.minibatches > c.prompts * c.samples:
+            raise UserError(f"method.minibatches={c.minibatches}: a batch has {c.prompts * c.samples} rollouts (method.prompts x "
+                            "method.samples)\ntake at most that many")
+        if c.window and c.window_start + c.window > c.steps - 1:
+            raise UserError(f"method.window={c.window} from method.window_start={c.window_start}: of {c.steps} steps "
+                            f"(method.steps) the first {c.steps - 1} can be trained\ntake a smaller window, or an earlier one")
+        if c.sde == "cps" and c.noise_level >= 1:
+            raise UserError(f"method.noise_level={c.noise_level}: with sde=cps it lies below 1, where every step is noise alone")
 
     def steps_of_update(self):
         return self.config.minibatches * self.config.passes
@@ -124,10 +137,7 @@ class FlowPolicy(Generator):
     def trained(self) -> range:
         """Which steps of a rollout are trained: the last one, nearly without noise, is not."""
         c = self.config
-        if not c.window:
-            return range(c.steps - 1)
-        first = min(c.window_start, c.steps - 2)
-        return range(first, min(first + c.window, c.steps - 1))
+        return range(c.window_start, c.window_start + c.window) if c.window else range(c.steps - 1)
 
     # -- rollouts
     @torch.no_grad()

@@ -237,6 +237,8 @@ def test_images_are_learned_by_other_networks(cli, policy):
     ("method=dmd env=shapes", "comes with no starting weights\nname a finished run on it: policy.path=FOLDER"),
     ("method=dmd env=moons", "name a finished run on this env: policy.path=FOLDER"),
     ("method=dmd env=moons env.start=none", "a finished run of flow_matching on this env (policy.path=FOLDER)"),
+    ("method=rlg env=ring method.model=exact method.guidance=4", "both velocities are taken as they are"),
+    ("method=r0 env=ring method.initial=random", "set method.initial=start, or anchor=0"),
     ("method=flow_matching env=ring env.groups=3", "env.groups=3 does not divide the ring's 8 modes")])
 def test_starts_and_settings_that_do_not_serve_are_refused(cli, words, said):
     done = cli(*words.split(), "size=smoke", "logger=none")

@@ -15,6 +15,7 @@ from methods.diffusion import flow
 from methods.diffusion.flow_grpo import FlowGRPO
 from methods.diffusion.grpo_guard import GRPOGuard
 from methods.diffusion.mlp import MLP
+from runner.errors import UserError
 from runner.interface import Spec
 
 
@@ -254,6 +255,33 @@ def test_guard_trains_the_velocity_alike_at_every_step():
     at = flow.step("flow", torch.zeros(9, 1), torch.zeros(9, 1), times[:9], times[1:10], 0.7, times[1])
     expected = (at.factor * (times[:9] - times[1:10])[:, None] / at.std).flatten()
     torch.testing.assert_close(out[FlowGRPO], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("sde", ["dance", "cps", "ddim"])
+def test_guards_weight_is_one_over_kh_where_k_is_not_constant(sde):
+    method = policy(GRPOGuard, sde=sde, noise_level=0.5)
+    rows = moved(method)
+    k = rows.by.factor
+    assert k.max() > 1.1 * k.min()
+    torch.testing.assert_close(method.step_weight(rows) * rows.h * k, torch.ones(9))
+
+
+def test_guards_batch_bias_takes_gaussian_steps_of_cps_too():
+    """There the surrogate of Flow-GRPO has no 1 / 2 s^2; Guard's ratio is z . dmu / D all the same."""
+    method = policy(GRPOGuard, points=16, bias="batch", sde="cps", noise_level=0.5)
+    rows = moved(method)
+    row = GRPOGuard.log_ratio(policy(GRPOGuard, sde="cps", noise_level=0.5), rows)
+    torch.testing.assert_close(method.log_ratio(rows).mean(1), row.mean(1), rtol=1e-4, atol=1e-6)
+    assert (method.log_ratio(rows) - row).abs().max() < row.abs().max()
+
+
+@pytest.mark.parametrize(("values", "said"), [
+    ({"minibatches": 17}, "a batch has 16 rollouts"), ({"window": 3, "window_start": 7}, "the first 9 can be trained"),
+    ({"sde": "cps", "noise_level": 2.5}, "below 1")])
+def test_batches_and_windows_that_are_empty_are_refused(values, said):
+    with pytest.raises(UserError, match=said):
+        policy(FlowGRPO, **values)
+    assert policy(FlowGRPO, window=3, window_start=6).trained() == range(6, 9)
 
 
 def test_small_clip_ranges_are_exact():
