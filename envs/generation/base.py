@@ -148,7 +148,8 @@ class GenerationWorld(World):
         label_temperature: float = knob(0.2, "of the Bradley-Terry labels", low=1e-6)
         eval_samples: int = knob(3000, "generated samples that are judged", low=8)
 
-    drawn = 12  # samples of each condition that `pictures` shows
+    drawn = 12     # samples of each condition that `pictures` shows
+    followed = 12  # samples whose way from noise it shows
 
     metrics = {
         "energy": Metric("min", "", "energy distance to the true distribution, mean over conditions"),
@@ -203,22 +204,24 @@ class GenerationWorld(World):
         number = min(self.config.eval_samples, self.drawn * spec.classes)
         condition = (torch.arange(number) % spec.classes).to(self.device)
         noise = torch.randn(number, *spec.sample_shape, generator=g).to(self.device)
-        out = method.draw(noise, condition, g, path=True)
-        return self.show(out.x, condition, out.path)
+        out = method.draw(noise, condition, g)
+        few = method.draw(noise[:self.followed], condition[:self.followed], g, path=True)  # of all it would fill the memory
+        return self.show(out.x, condition, few.path)
 
     def evaluate(self, method, seed):
-        """As many samples of every condition, from noise that is the same for every method; what the method tells of itself."""
+        """As many samples of every condition, from noise and beside true samples that are the same for every method; what the
+        method tells of itself."""
         spec, g = self.spec(), torch.Generator().manual_seed(seed)
         number = self.config.eval_samples
         condition = (torch.arange(number) % spec.classes).to(self.device)
         noise = torch.randn(number, *spec.sample_shape, generator=g)
-        parts = [method.draw(n.to(self.device), c, g) for n, c in zip(noise.split(4096), condition.split(4096))]
-        x, calls = torch.cat([p.x for p in parts]).float(), torch.cat([p.calls for p in parts])
 
         def fresh(name, shape, kind="normal"):
             return (torch.randn if kind == "normal" else torch.rand)(shape, generator=g).to(self.device)
 
-        true = self.sample(condition, fresh)
+        true = self.sample(condition, fresh)  # before the method draws numbers, so that they are the same for every method
+        parts = [method.draw(n.to(self.device), c, g) for n, c in zip(noise.split(4096), condition.split(4096))]
+        x, calls = torch.cat([p.x for p in parts]).float(), torch.cat([p.calls for p in parts])
         told = {k: v for k, v in method.inspect({}).items() if k in self.metrics}
         return {**self.judge(x, true, condition), "proxy": self.reward(x, condition).mean().item(), "calls": calls.mean().item(),
                 **{k: v.item() for k, v in told.items()}}

@@ -52,6 +52,7 @@ class Images(GenerationWorld):
             _LOADED.clear()
             _LOADED[key] = load(config)
         held = _LOADED[key]
+        self.followed = held["classes"]
         self.classes, self.skipped, self.digest = held["classes"], held["skipped"], held["digest"]
         self.parts = {k: (x.to(self.device), y.to(self.device)) for k, (x, y) in held["parts"].items()}
         self.proxy = held["proxy"] and held["proxy"].to(self.device)
@@ -81,7 +82,7 @@ class Images(GenerationWorld):
         out = {"samples": drawing.tiles(x[order], columns, scale)}
         if way is None:
             return out
-        stages = way[torch.linspace(0, len(way) - 1, 10).long(), :self.classes]  # one of each condition, in ten stages
+        stages = way[torch.linspace(0, len(way) - 1, 10).long()]  # one of each condition, in ten stages
         return {**out, "paths": drawing.tiles(stages.transpose(0, 1).flatten(0, 1), 10, scale)}
 
     def reward(self, x, condition):

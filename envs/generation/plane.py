@@ -144,11 +144,11 @@ class Plane(GenerationWorld):
             return (apart + mine).logsumexp(1) - (apart + others).logsumexp(1)
         return -self._nearest(x, condition)[0] + 0.5 * x[:, 0]
 
-    drawn = 500
+    drawn, followed = 500, 120
 
     def show(self, x, condition, way):
         out = {"samples": drawing.density(x, condition)}
-        return out if way is None else {**out, "paths": drawing.paths(way[:, :120], condition[:120])}
+        return out if way is None else {**out, "paths": drawing.paths(way, condition[:way.shape[1]])}
 
     def _nearest(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Distance to the nearest mode of the condition (n,), and which."""

@@ -122,8 +122,8 @@ class FlowPolicy(Generator):
         if c.window and c.window_start + c.window > c.steps - 1:
             raise UserError(f"method.window={c.window} from method.window_start={c.window_start}: of {c.steps} steps "
                             f"(method.steps) the first {c.steps - 1} can be trained\ntake a smaller window, or an earlier one")
-        if c.sde == "cps" and c.noise_level >= 1:
-            raise UserError(f"method.noise_level={c.noise_level}: with sde=cps it lies below 1, where every step is noise alone")
+        if c.sde == "cps" and c.noise_level > 1:
+            raise UserError(f"method.noise_level={c.noise_level}: with sde=cps it is at most 1, where all noise is fresh")
 
     def steps_of_update(self):
         return self.config.minibatches * self.config.passes

@@ -15,7 +15,7 @@ from envs.generation.images import Images
 from envs.generation.metrics import effective
 from envs.generation.plane import Plane
 from runner.errors import UserError
-from runner.interface import Spec
+from runner.interface import Drawn, Spec
 
 
 def numbers(seed=0):
@@ -34,8 +34,6 @@ class Truth:
         self.world, self.other = world, other
 
     def draw(self, noise, condition, more=None, path=False):
-        from runner.interface import Drawn
-
         classes = self.world.spec().classes
         x = self.world.sample((condition + self.other) % classes, numbers(5))
         return Drawn(x, torch.ones(len(x)), torch.stack([noise, x]) if path else None)
@@ -255,6 +253,43 @@ def test_a_finished_run_is_a_teacher_where_the_world_knows_none(cli, method):
     assert done.code == 0, done.text
     done = cli("method=dmd", *common, f"policy.path={run}")
     assert done.code == 2 and "set method.initial=start" in done.text
+
+
+def test_true_samples_are_the_same_whatever_numbers_a_method_draws(monkeypatch):
+    world, seen = Plane(Plane.Config(eval_samples=40)), []
+    monkeypatch.setattr(world, "judge", lambda x, true, condition: seen.append(true) or {})
+
+    class Made:
+        def __init__(self, greedy):
+            self.greedy = greedy
+
+        def draw(self, noise, condition, more=None, path=False):
+            torch.randn(self.greedy, generator=more)
+            return Drawn(noise, torch.ones(len(noise)))
+
+        def inspect(self, batch):
+            return {}
+
+    for greedy in (1, 1000):
+        world.evaluate(Made(greedy), 0)
+    assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize(("env", "number"), [("ring", 120), ("digits", 10)])
+def test_ways_are_kept_of_the_samples_that_are_shown_alone(cli, monkeypatch, env, number):
+    from methods.diffusion.flow_matching import FlowMatching
+
+    followed, draw = [], FlowMatching.draw
+
+    def watched(self, noise, condition, more=None, path=False):
+        followed.extend([len(noise)] if path else [])
+        return draw(self, noise, condition, more, path)
+
+    monkeypatch.setattr(FlowMatching, "draw", watched)
+    words = ("method=flow_matching", f"env={env}", "size=smoke", "logger=none", "loop.steps=1", "env.eval_samples=200")
+    assert cli(*words).code == 0
+    assert followed == [number]
+    assert len(list(cli.cwd.glob("runs/*/pictures/*.png"))) == 2
 
 
 def test_a_reward_that_is_nan_ends_the_run(cli, monkeypatch):

@@ -277,7 +277,7 @@ def test_guards_batch_bias_takes_gaussian_steps_of_cps_too():
 
 @pytest.mark.parametrize(("values", "said"), [
     ({"minibatches": 17}, "a batch has 16 rollouts"), ({"window": 3, "window_start": 7}, "the first 9 can be trained"),
-    ({"sde": "cps", "noise_level": 2.5}, "below 1")])
+    ({"sde": "cps", "noise_level": 2.5}, "at most 1")])
 def test_batches_and_windows_that_are_empty_are_refused(values, said):
     with pytest.raises(UserError, match=said):
         policy(FlowGRPO, **values)
