@@ -119,16 +119,17 @@ def load(c) -> dict:
             classes = len(kinds)
         else:
             x, label = {"digits": pictures.digits, "mnist": pictures.mnist}[c.source]()
-            classes = 10
+            classes, kinds = 10, "0123456789"
         n = len(x)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(1)) if c.source == "folder" else torch.arange(n)
         edges = {"proxy": (0, n // 6), "generator": (n // 6, n * 4 // 6), "reference": (n * 4 // 6, n * 5 // 6),
                  "gold": (n * 5 // 6, n)}
         parts = {k: (x[order[a:b]], label[order[a:b]]) for k, (a, b) in edges.items()}
-        missing = [k for k in parts if len(torch.bincount(parts[k][1], minlength=classes).nonzero()) < classes]
+        missing = [(k, y) for k, (_, held) in parts.items() for y in range(classes) if not (held == y).any()]
         if missing:
-            raise UserError(f"env.path={c.path}: too few images of some class: the part for '{missing[0]}' (of {n} images in "
-                            f"{classes} classes) has none of it")
+            part, y = missing[0]
+            raise UserError(f"env.path={c.path}: too few images of some class: '{kinds[y]}' has {(label == y).sum()} of {n}, and "
+                            f"the part for '{part}' none of them\ngive every class some tens of images, or leave it out")
     digest = hashlib.sha256()
     for name, (x, label) in parts.items():
         place = label.argsort(stable=True)

@@ -204,8 +204,28 @@ def test_folders_that_do_not_serve_are_refused(images, make, said):
 def test_too_few_of_a_class_are_refused(images):
     (images / "birds").mkdir()
     Image.new("RGB", (8, 8)).save(images / "birds" / "1.png")
-    with pytest.raises(UserError, match="too few images of some class"):
+    with pytest.raises(UserError, match="too few images of some class: 'birds' has 1 of"):
         folder(images)
+
+
+def test_images_are_read_as_a_person_sees_them(tmp_path):
+    """16 bits, transparency, a camera held upside down; and one that no class has."""
+    upper = torch.zeros(16, 16, dtype=torch.uint8)
+    upper[:8] = 255
+    (tmp_path / "a").mkdir()
+    for i in range(8):
+        Image.fromarray(upper.to(torch.int32).mul(257).numpy().astype("uint16")).save(tmp_path / "a" / f"0{i}.png")
+    Image.merge("LA", [Image.new("L", (16, 16)), Image.fromarray(255 - upper.numpy())]).save(tmp_path / "a" / "1.png")
+    turned = Image.Exif()
+    turned[0x112] = 3
+    Image.fromarray(255 - upper.numpy()).save(tmp_path / "a" / "2.png", exif=turned)
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    x, _, kinds, skipped = pictures.folder(str(tmp_path), 4)
+    assert kinds == ["a"] and len(x) == 10 and len(skipped) == 1 and "belong to no class" in skipped[0]
+    expected = torch.ones(3, 4, 4)
+    expected[:, 2:] = -1
+    for image in x:  # the edge between the halves is smoothed
+        torch.testing.assert_close(image[:, [0, 3]], expected[:, [0, 3]], atol=0.2, rtol=0)
 
 
 @pytest.mark.parametrize(("policy", "env", "said"), [
