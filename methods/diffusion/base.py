@@ -51,7 +51,8 @@ class Generator(Method):
                               low=0.0, high=1.0)
         sampler: str = knob("ode", "steps of generation (methods/diffusion/flow.py)",
                             choices=["ode", "flow", "dance", "cps", "ddim"])
-        sampler_noise: float = knob(0.7, "a: noise level of a stochastic sampler", low=0.0, when={"sampler": ["flow"]})
+        sampler_noise: float = knob(0.7, "a: noise level of a stochastic sampler", low=0.0,
+                                    when={"sampler": ["flow", "dance", "cps", "ddim"]})
         sampler_steps: int = knob(40, "steps of generation", low=1)
         shift: float = knob(1.0, "S: of the time grid; above 1 more steps are spent on noise", low=1e-3)
         guidance: float = knob(1.0, "w: scale of classifier-free guidance; 1: none")

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from methods.common.networks import CosineRate
 from methods.diffusion import edm, flow
 from methods.diffusion.base import Generator
+from runner.errors import UserError
 from runner.interface import Spec, knob
 
 
@@ -73,6 +74,12 @@ class Consistency(Generator):
 
     def setup(self, spec: Spec):
         super().setup(spec)
+        c = self.config
+        if not c.lowest < c.highest:
+            raise UserError(f"method.lowest={c.lowest} is no level below method.highest={c.highest}")
+        if c.sampler_steps > 1 and not c.lowest <= c.middle <= c.highest:
+            raise UserError(f"method.middle={c.middle} does not lie between method.lowest={c.lowest} and method.highest="
+                            f"{c.highest}")
         self.averaging = copy.deepcopy(self.network).requires_grad_(False) if self.keeps_target else None
         self.register_buffer("made", torch.zeros(()))
 

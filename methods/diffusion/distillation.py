@@ -93,6 +93,8 @@ class Distillation(Taught, Generator):
     def setup(self, spec: Spec):
         super().setup(spec)
         c = self.config
+        if c.lowest >= c.highest:
+            raise UserError(f"method.lowest={c.lowest} is no level below method.highest={c.highest}")
         self.fake = self.blueprint.build(spec)
         self.find_teacher()
         if self.begun and c.initial == "random":

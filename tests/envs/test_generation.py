@@ -257,6 +257,11 @@ def test_images_are_learned_by_other_networks(cli, policy):
     ("method=dmd env=moons env.start=none", "a finished run of flow_matching on this env (policy.path=FOLDER)"),
     ("method=rlg env=ring method.model=exact method.guidance=4", "both velocities are taken as they are"),
     ("method=r0 env=ring method.initial=random", "set method.initial=start, or anchor=0"),
+    ("method=dmd env=ring method.lowest=20", "no level below method.highest"),
+    ("method=ict env=ring method.lowest=20", "no level below method.highest"),
+    ("method=ict env=ring method.middle=20 method.sampler_steps=2", "does not lie between"),
+    ("method=f_distill env=ring method.lowest_ratio=30", "is not below method.highest_ratio"),
+    ("method=flow_matching env=digits policy=unet policy.channels=[]", "one is needed"),
     ("method=flow_matching env=ring env.groups=3", "env.groups=3 does not divide the ring's 8 modes")])
 def test_starts_and_settings_that_do_not_serve_are_refused(cli, words, said):
     done = cli(*words.split(), "size=smoke", "logger=none")
@@ -323,3 +328,8 @@ def test_a_reward_that_is_nan_ends_the_run(cli, monkeypatch):
 def test_more_steps_than_the_schedule_has_are_its_own(cli):
     done = cli("method=ddpm", "env=ring", "size=smoke", "method.schedule_steps=6", "method.sampler_steps=50", "logger=none")
     assert done.code == 2 and "method.sampler_steps=50" in done.text, done.text
+
+
+def test_show_says_under_which_settings_a_setting_acts(cli):
+    shown = cli("show", "flow_grpo").out
+    assert "only with sampler=flow or dance or cps or ddim" in shown and "only with a setting such as window=1" in shown
