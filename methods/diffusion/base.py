@@ -78,9 +78,11 @@ class Generator(Method):
         if getattr(network, "latent", False) and getattr(c, "model", "") != "given":
             raise UserError("this pipeline's samples are latents, and this env's are images: it is not trained here\nsample with "
                             "it as it is: method.model=given (flow_matching, cfg, apg, adaptive_guidance)")
-        if c.guidance != 1 and not getattr(network, "guided", True):
-            lacks = "class that stands for none (policy.null)" if network.labelled else "classes"
-            raise UserError(f"method.guidance={c.guidance}: this pipeline has no {lacks}\nwithout guidance: method.guidance=1")
+        for name in ("guidance", "teacher_guidance"):
+            if getattr(c, name, 1) != 1 and not getattr(network, "guided", True):
+                lacks = "class that stands for none (policy.null)" if network.labelled else "classes"
+                raise UserError(f"method.{name}={getattr(c, name)}: this pipeline has no {lacks}\nwithout guidance: "
+                                f"method.{name}=1")
         if getattr(network, "grid", None):
             self.grid()  # refuses more steps than its schedule has
 

@@ -83,6 +83,13 @@ class Consistency(Generator):
         self.averaging = copy.deepcopy(self.network).requires_grad_(False) if self.keeps_target else None
         self.register_buffer("made", torch.zeros(()))
 
+    def check_network(self):
+        if hasattr(self.network, "grid"):
+            raise UserError("consistency models ask a network at levels and times of their own, and this policy has a schedule\n"
+                            "take policy=unet or policy=dit; methods that train a pipeline further are flow_matching, flow_grpo, "
+                            "flow_dpo, dmd with method.initial=start, …")
+        super().check_network()
+
     def make_optimizers(self):
         c, parameters = self.config, list(self.network.parameters())
         self.optimizers = {"network": torch.optim.RAdam(parameters, c.learning_rate, weight_decay=c.weight_decay,
