@@ -58,6 +58,7 @@ class Generator(Method):
         guidance: float = knob(1.0, "w: scale of classifier-free guidance; 1: none")
 
     capturable = True
+    kind = "velocity"    # what the network tells
     starts = False       # whether samples come with the weights that the world offers to start from
     records = True       # whether generation on a GPU may record the network's velocity in a CUDA graph
     keeps_start = False  # whether the network as it was at the start is asked, as `self.reference`
@@ -75,6 +76,10 @@ class Generator(Method):
     def check_network(self):
         """Refuse what a network made elsewhere (methods/diffusion/diffusers.py) can't do."""
         c, network = self.config, self.network
+        begun_as = getattr(network, "begun_as", "")
+        if begun_as and begun_as != self.begins_as:
+            raise UserError(f"policy.path: the network of that run tells another thing ({begun_as}) than this method begins from "
+                            f"({self.begins_as})\ntake a run of a method of the same kind, such as flow_matching for a velocity")
         if getattr(network, "latent", False) and getattr(c, "model", "") != "given":
             raise UserError("this pipeline's samples are latents, and this env's are images: it is not trained here\nsample with "
                             "it as it is: method.model=given (flow_matching, cfg, apg, adaptive_guidance)")
@@ -85,6 +90,11 @@ class Generator(Method):
                                 f"method.{name}=1")
         if getattr(network, "grid", None):
             self.grid()  # refuses more steps than its schedule has
+
+    @property
+    def begins_as(self) -> str:
+        """The kind of network that it may begin from."""
+        return self.kind
 
     def make_optimizers(self):
         c = self.config
@@ -224,6 +234,6 @@ class Generator(Method):
             return Drawn(self.finish(walk.x), walk.calls, self.finish(torch.stack(passed)) if path else None)
 
     def export(self):
-        kind = {"kind": "velocity", "class": type(self.network).__name__, "shape": ",".join(map(str, self.spec.sample_shape))}
+        kind = {"kind": self.kind, "class": type(self.network).__name__, "shape": ",".join(map(str, self.spec.sample_shape))}
         source = self.network if self.averaged is None else self.averaged
         return dict(source.state_dict()), kind

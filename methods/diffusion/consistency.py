@@ -70,6 +70,7 @@ class Consistency(Generator):
 
     PARTS = ("schedule", "index", "partner", "target", "distance", "weight", "after_update", "velocity", "guide")
     ADDITIVE = ("after_update",)
+    kind = "consistency"
     keeps_target = True  # whether `target` is a moving average of the network
 
     def setup(self, spec: Spec):
@@ -176,4 +177,4 @@ class Consistency(Generator):
 
     def export(self):
         tensors, kind = super().export()
-        return tensors, {**kind, "kind": "consistency", "deviation": str(self.config.deviation)}
+        return tensors, {**kind, "deviation": str(self.config.deviation)}

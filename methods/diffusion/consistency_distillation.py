@@ -41,6 +41,10 @@ class ConsistencyDistillation(Taught, Consistency):
         return self.config.solver != "data"
 
     @property
+    def begins_as(self):
+        return "velocity" if self.learns_from_start else self.kind
+
+    @property
     def keeps_start(self):
         return self.learns_from_start
 

@@ -35,6 +35,10 @@ class DDPM(Regression):
                             choices=["ode", "flow", "dance", "cps", "ddim"])
         sampler_noise: float = knob(1.0, "eta: noise level of a stochastic sampler", low=0.0, source="paper")
 
+    @property
+    def kind(self):
+        return "velocity" if self.config.process == "flow" else "epsilon"
+
     def setup(self, spec: Spec):
         super().setup(spec)
         c = self.config
@@ -80,6 +84,4 @@ class DDPM(Regression):
 
     def export(self):
         tensors, kind = super().export()
-        if self.config.process == "flow":
-            return tensors, kind
-        return tensors, {**kind, "kind": "epsilon", "schedule_steps": str(self.config.schedule_steps)}
+        return tensors, kind if self.config.process == "flow" else {**kind, "schedule_steps": str(self.config.schedule_steps)}

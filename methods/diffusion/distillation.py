@@ -75,6 +75,12 @@ class Distillation(Taught, Generator):
     MARGIN = 0.02  # of the grid of levels that the comparison leaves out at either end
 
     @property
+    def kind(self):
+        return "velocity" if self.config.initial == "start" else "edm_denoiser"
+
+    begins_as = "velocity"
+
+    @property
     def asks_teacher(self):
         return self.config.match_weight > 0
 
@@ -223,6 +229,4 @@ class Distillation(Taught, Generator):
 
     def export(self):
         tensors, kind = super().export()
-        if self.config.initial == "start":
-            return tensors, kind
-        return tensors, {**kind, "kind": "edm_denoiser", "deviation": str(self.config.deviation)}
+        return tensors, kind if self.config.initial == "start" else {**kind, "deviation": str(self.config.deviation)}

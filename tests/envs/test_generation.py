@@ -280,6 +280,23 @@ def test_a_finished_run_is_a_teacher_where_the_world_knows_none(cli, method):
     assert done.code == 2 and "set method.initial=start" in done.text
 
 
+def test_a_run_whose_network_tells_another_thing_is_not_begun_from(cli):
+    common = ["env=ring", "size=smoke", "logger=none", "loop.steps=1"]
+    runs = {}
+    for name in ("flow_matching", "ddpm", "dmd", "ict"):
+        assert cli(f"method={name}", *common).code == 0
+        runs[name], = (cli.cwd / "runs").glob(f"{name}-*")
+    assert cli("export", runs["ddpm"], "--to", "ddpm.safetensors").code == 0
+    for path, said in ((runs["ddpm"], "epsilon"), ("ddpm.safetensors", "epsilon"), (runs["dmd"], "edm_denoiser"),
+                       (runs["ict"], "consistency")):
+        done = cli("method=flow_matching", *common, f"policy.path={path}")
+        assert done.code == 2 and f"tells another thing ({said})" in done.text
+    for name, path in (("flow_grpo", "flow_matching"), ("ddpm", "ddpm"), ("ict", "ict"),
+                       ("consistency_distillation method.teacher=start", "flow_matching")):
+        done = cli(*f"method={name}".split(), *common, f"policy.path={runs[path]}")
+        assert done.code == 0, done.text
+
+
 def test_true_samples_are_the_same_whatever_numbers_a_method_draws(monkeypatch):
     world, seen = Plane(Plane.Config(eval_samples=40)), []
     monkeypatch.setattr(world, "judge", lambda x, true, condition: seen.append(true) or {})

@@ -257,5 +257,6 @@ def test_it_is_sampled_judged_and_drawn_from_the_command_line(cli, folder, tmp_p
     assert "schedule of its own" in cli("method=ddpm", *words).text
     assert "this policy has a schedule" in cli("method=consistency_distillation", *words).text
     assert cli("method=dmd", *words, "method.initial=start", "loop.steps=2").code == 0
-    lacking = cli("method=dmd", *words[:-1], f"policy.path={classes_alone}", "method.initial=start", "method.teacher_guidance=2.0")
+    lacking = cli("method=dmd", *words[:-1], f"policy.path={classes_alone}", "method.initial=start",
+                  "method.teacher_guidance=2.0")
     assert lacking.code == 2 and "method.teacher_guidance=2.0: this pipeline has no class that stands for none" in lacking.text
