@@ -91,6 +91,17 @@ def test_the_grid_is_shifted_toward_noise():
     torch.testing.assert_close(flow.grid(4, 3.0), torch.tensor([1, 2.25 / 2.5, 0.75, 0.5, 0]))
 
 
+def test_the_grid_of_sd3s_scheduler_has_an_empty_last_step():
+    end = 3 * 0.001 / (1 + 2 * 0.001)
+    known = torch.tensor([1, 0.960, 0.913, 0.858, 0.790, 0.707, 0.602, 0.465, 0.278, 0.009, 0])
+    torch.testing.assert_close(flow.grid(10, 3.0, end=end), known, atol=5e-4, rtol=0)
+    torch.testing.assert_close(policy(FlowGRPO, grid_end=end, shift=3.0).grid(10), known, atol=5e-4, rtol=0)
+    even, empty = (policy(FlowGRPO, **more).table() for more in ({}, {"grid_end": end}))
+    assert even.std[-1] == pytest.approx(0.202, abs=1e-3) and empty.std[-1] < 0.007
+    weight = (empty.factor * empty.length / empty.std)[[0, 4, 8]]  # of the on-policy gradient, known for this grid
+    torch.testing.assert_close(weight, torch.tensor([0.057, 0.264, 1.487]), atol=2e-3, rtol=0)
+
+
 def test_the_exact_velocity_is_that_of_a_regression():
     """E[e - x0 | x_t], by importance sampling of the posterior over x0."""
     mixture, g, t = ring(0.3, 2), torch.Generator().manual_seed(0), torch.tensor(0.6)
