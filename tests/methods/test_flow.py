@@ -8,6 +8,7 @@ import pytest
 import torch
 from token_methods import bare
 
+from envs.generation import metrics
 from envs.generation.exact import Mixture
 from envs.generation.metrics import energy_distance, frechet, mmd
 from envs.generation.plane import ring
@@ -121,11 +122,14 @@ def test_a_tilted_mixture_is_the_density_times_the_exponential():
     torch.testing.assert_close(apart, apart[:1].expand(6), rtol=1e-4, atol=1e-4)
 
 
-def test_distances_of_samples():
+def test_distances_of_samples(monkeypatch):
     g = torch.Generator().manual_seed(0)
     a, b, c = torch.randn(2000, 3, generator=g), torch.randn(2000, 3, generator=g), torch.randn(2000, 3, generator=g) + 1
     assert abs(energy_distance(a, b)) < 0.01 < 0.3 < energy_distance(a, c)
     assert abs(mmd(a, b, 1.0)) < 0.002 < 0.05 < mmd(a, c, 1.0)
+    whole = energy_distance(a, c), mmd(a, c, 1.0)
+    monkeypatch.setattr(metrics, "AT_ONCE", 2 ** 16)  # many samples do not fill the memory: a part at a time
+    torch.testing.assert_close((energy_distance(a, c), mmd(a, c, 1.0)), whole, rtol=1e-5, atol=1e-7)
     assert frechet(a, c) == pytest.approx(3.0, abs=0.3)
     scaled = torch.randn(20000, 1, generator=g) * 2
     assert frechet(scaled, scaled / 2) == pytest.approx(1.0, abs=0.1)  # (2 - 1)^2
