@@ -256,8 +256,9 @@ def _show(words, options) -> int:
         limits = "" if k.choices else _range(k)
         text = k.help + (f" ({', '.join(map(str, k.choices))})" if k.choices else "") + limits
         if k.when:
-            text += "; only with " + ", ".join(
-                f"{n}={' or '.join(map(_plain, v)) if isinstance(v, list) else _plain(v)}" for n, v in k.when.items())
+            text += "; only with " + ", ".join(  # a list holds all such values, a single one is an example
+                f"{n}={' or '.join(map(_plain, v))}" if isinstance(v, list) else f"a setting such as {n}={_plain(v)}"
+                for n, v in k.when.items())
         rows.append(["  " + k.name, k.type, _plain(values[k.name]), text + (f" [{k.source}]" if k.source else "")])
     print(_columns(rows, ["  name", "type", "default", "meaning"]))
     return 0

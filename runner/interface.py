@@ -116,6 +116,7 @@ class Method(nn.Module):
     ADDITIVE: tuple[str, ...] = ()   # those that call super() and add, and therefore combine in `a+b`
     batchable = False
     capturable = False
+    kind = ""                        # what the network tells ("velocity", …), for those who begin from the run's weights
     period = 1                       # the course of an update depends on its number modulo this (and on stage())
     seed = 0                         # the run's, and
     processes = (0, 1)               # (number of this process, how many train the run together): for streams that share work

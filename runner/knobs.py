@@ -18,7 +18,7 @@ from runner.errors import UserError, unknown
 
 def knob(default: Any, help: str, *, low=None, high=None, choices=None, source: str = "", when: dict | None = None):
     """A dataclass field with its meaning. `low` and `high` are inclusive bounds; `when` names the settings under which
-    it has an effect at all, as {knob: value} (a test holds every knob to it)."""
+    it has an effect at all, as {knob: [every such value]} or {knob: one of them} (a test holds every knob to it)."""
     meta = {"help": help, "low": low, "high": high, "choices": choices, "source": source, "when": when}
     return dataclasses.field(default=default, metadata=meta)
 

@@ -320,7 +320,7 @@ def _train(job, folder, fabric, method, world, stream, stack, quiet, command, be
                 step, told = loop.diverged[i]
                 _failed(every[i], NonFinite(told), step=step, **ended)
                 continue
-            _save_weights(stack.slice(weights, i) if stack else weights, every[i].folder, jobs[i], chosen)
+            _save_weights(stack.slice(weights, i) if stack else weights, every[i].folder, jobs[i], chosen, method.kind)
             every[i].event("done", step=loop.step)
             every[i].write(status="done", step=loop.step, evaluated_step=chosen, metrics=final[i], references=references,
                            finished=records.now(), metric_meaning={k: list(m) for k, m in world.metrics.items()
@@ -366,7 +366,7 @@ class _Silent:
         pass
 
 
-def _save_weights(weights: dict, folder: Path, job: Job, step: int):
+def _save_weights(weights: dict, folder: Path, job: Job, step: int, kind: str):
     """weights.safetensors: the evaluated weights, whole; what `eval`, `export` and `video` read."""
     from safetensors.torch import save_file
 
@@ -374,7 +374,7 @@ def _save_weights(weights: dict, folder: Path, job: Job, step: int):
     temporary = folder / ".weights.tmp"
     # One key: safetensors writes several in no fixed order, and the file should be the same to the bit.
     save_file(tensors, temporary, metadata={"run": json.dumps({"id": job.id, "method": job.config["method"]["name"],
-                                                               "step": step})})
+                                                               "step": step, **({"kind": kind} if kind else {})})})
     os.replace(temporary, folder / "weights.safetensors")
 
 

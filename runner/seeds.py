@@ -27,7 +27,7 @@ class Stack:
             single.setup(spec)
             states.append({k: v.detach().clone() for k, v in single.state_dict().items()})
         if not single.batchable:
-            raise UserError(f"method {type(single).__name__.lower()} cannot train several seeds in one process\n"
+            raise UserError("this method cannot train several seeds in one process\n"
                             "leave hardware.seeds at 1 and sweep instead: -m seed=" + ",".join(map(str, seeds)))
         self.single = single
         self.method = new_method()

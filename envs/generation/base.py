@@ -142,7 +142,8 @@ class GenerationWorld(World):
         eval_samples: int = knob(3000, "generated samples that are judged", low=8)
 
     learned = None  # the reward of `judge_run`
-    drawn = 12  # samples of each condition that `pictures` shows
+    drawn = 12      # samples of each condition that `pictures` shows
+    followed = 12   # samples whose way from noise it shows
 
     metrics = {
         "energy": Metric("min", "", "energy distance to the true distribution, mean over conditions"),
@@ -153,7 +154,9 @@ class GenerationWorld(World):
         "tie_error": Metric("min", "", "mean gap of predicted and true shares of ties, in ten bins of the prediction"),
         "calls": Metric("min", "calls", "network calls that a sample needed"),
         "ratio_shift": Metric("none", "std", "mean over deviation of the log-ratios at the last trained step, mean over the run"),
-        "ratio_bias": Metric("min", "std", "its absolute value"),
+        "ratio_shift_first": Metric("none", "std", "the same at the first trained step"),
+        "ratio_shift_middle": Metric("none", "std", "the same at the middle one"),
+        "ratio_bias": Metric("min", "std", "absolute value of ratio_shift"),
         "clip_balance": Metric("none", "", "share clipped for being too likely less share clipped for being too unlikely, there"),
     }
 
@@ -246,8 +249,9 @@ class GenerationWorld(World):
         number = min(self.config.eval_samples, self.drawn * spec.classes)
         condition = (torch.arange(number) % spec.classes).to(self.device)
         noise = torch.randn(number, *spec.sample_shape, generator=g).to(self.device)
-        out = method.draw(noise, condition, g, path=True)
-        return self.show(out.x, condition, out.path)
+        out = method.draw(noise, condition, g)
+        few = method.draw(noise[:self.followed], condition[:self.followed], g, path=True)  # of all it would fill the memory
+        return self.show(out.x, condition, few.path)
 
     def on_ratings(self, method, seed) -> dict[str, float]:
         """Of a method that has learned to judge: how it rates fresh pairs."""
@@ -264,20 +268,21 @@ class GenerationWorld(World):
                 "tie_error": calibration_error(method.tie_probability(gap), tie).item()}
 
     def evaluate(self, method, seed):
-        """As many samples of every condition, from noise that is the same for every method; what the method tells of itself."""
+        """As many samples of every condition, from noise and beside true samples that are the same for every method; what the
+        method tells of itself."""
         if getattr(method, "judges", False):
             return self.on_ratings(method, seed)
         spec, g = self.spec(), torch.Generator().manual_seed(seed)
         number = self.config.eval_samples
         condition = (torch.arange(number) % spec.classes).to(self.device)
         noise = torch.randn(number, *spec.sample_shape, generator=g)
-        parts = [method.draw(n.to(self.device), c, g) for n, c in zip(noise.split(4096), condition.split(4096))]
-        x, calls = torch.cat([p.x for p in parts]).float(), torch.cat([p.calls for p in parts])
 
         def fresh(name, shape, kind="normal"):
             return (torch.randn if kind == "normal" else torch.rand)(shape, generator=g).to(self.device)
 
-        true = self.sample(condition, fresh)
+        true = self.sample(condition, fresh)  # before the method draws numbers, so that they are the same for every method
+        parts = [method.draw(n.to(self.device), c, g) for n, c in zip(noise.split(4096), condition.split(4096))]
+        x, calls = torch.cat([p.x for p in parts]).float(), torch.cat([p.calls for p in parts])
         told = {k: v for k, v in method.inspect({}).items() if k in self.metrics}
         if self.learned:
             told["judged"] = self.learned(x, condition).mean()

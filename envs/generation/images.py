@@ -52,6 +52,7 @@ class Images(GenerationWorld):
             _LOADED.clear()
             _LOADED[key] = load(config)
         held = _LOADED[key]
+        self.followed = held["classes"]
         self.classes, self.skipped, self.digest = held["classes"], held["skipped"], held["digest"]
         self.parts = {k: (x.to(self.device), y.to(self.device)) for k, (x, y) in held["parts"].items()}
         self.proxy = held["proxy"] and held["proxy"].to(self.device)
@@ -81,7 +82,7 @@ class Images(GenerationWorld):
         out = {"samples": drawing.tiles(x[order], columns, scale)}
         if way is None:
             return out
-        stages = way[torch.linspace(0, len(way) - 1, 10).long(), :self.classes]  # one of each condition, in ten stages
+        stages = way[torch.linspace(0, len(way) - 1, 10).long()]  # one of each condition, in ten stages
         return {**out, "paths": drawing.tiles(stages.transpose(0, 1).flatten(0, 1), 10, scale)}
 
     def reward(self, x, condition):
@@ -118,16 +119,17 @@ def load(c) -> dict:
             classes = len(kinds)
         else:
             x, label = {"digits": pictures.digits, "mnist": pictures.mnist}[c.source]()
-            classes = 10
+            classes, kinds = 10, "0123456789"
         n = len(x)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(1)) if c.source == "folder" else torch.arange(n)
         edges = {"proxy": (0, n // 6), "generator": (n // 6, n * 4 // 6), "reference": (n * 4 // 6, n * 5 // 6),
                  "gold": (n * 5 // 6, n)}
         parts = {k: (x[order[a:b]], label[order[a:b]]) for k, (a, b) in edges.items()}
-        missing = [k for k in parts if len(torch.bincount(parts[k][1], minlength=classes).nonzero()) < classes]
+        missing = [(k, y) for k, (_, held) in parts.items() for y in range(classes) if not (held == y).any()]
         if missing:
-            raise UserError(f"env.path={c.path}: too few images of some class: the part for '{missing[0]}' (of {n} images in "
-                            f"{classes} classes) has none of it")
+            part, y = missing[0]
+            raise UserError(f"env.path={c.path}: too few images of some class: '{kinds[y]}' has {(label == y).sum()} of {n}, and "
+                            f"the part for '{part}' none of them\ngive every class some tens of images, or leave it out")
     digest = hashlib.sha256()
     for name, (x, label) in parts.items():
         place = label.argsort(stable=True)

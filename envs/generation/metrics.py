@@ -5,27 +5,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+AT_ONCE = 2 ** 25  # distances that are held at once, 128 MB
+
+
+def over_pairs(x: Tensor, y: Tensor, kernel=None) -> Tensor:
+    """Sum over all pairs of |x_i - y_j|, or of a kernel of it; in parts, where there are many."""
+    parts = (torch.cdist(part, y, compute_mode="donot_use_mm_for_euclid_dist") for part in x.split(max(1, AT_ONCE // len(y))))
+    return torch.stack([(part if kernel is None else kernel(part)).sum() for part in parts]).sum()
+
 
 def energy_distance(x: Tensor, y: Tensor) -> Tensor:
     """2 E|X - Y| - E|X - X'| - E|Y - Y'| of x (n, d), y (m, d), pairs of a sample with itself left out: its mean is 0 where the
     distributions are equal (values a little below 0 occur)."""
     def within(a):
-        return torch.cdist(a, a, compute_mode="donot_use_mm_for_euclid_dist").sum() / (len(a) * (len(a) - 1))
+        return over_pairs(a, a) / (len(a) * (len(a) - 1))
 
-    return 2 * torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").mean() - within(x) - within(y)
+    return 2 * over_pairs(x, y) / (len(x) * len(y)) - within(x) - within(y)
 
 
 def mmd(x: Tensor, y: Tensor, scale: float, widths=(0.1, 0.5, 1.0, 2.0)) -> Tensor:
     """Unbiased squared maximum mean discrepancy with the mean of Gaussian kernels of `widths` times `scale`."""
-    def kernel(a, b):
-        apart = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square()
-        return sum((-apart / (2 * (w * scale) ** 2)).exp() for w in widths) / len(widths)
+    def kernel(apart):
+        return sum((-apart.square() / (2 * (w * scale) ** 2)).exp() for w in widths) / len(widths)
 
     def within(a):
-        k = kernel(a, a)
-        return (k.sum() - k.diagonal().sum()) / (len(a) * (len(a) - 1))
+        return (over_pairs(a, a, kernel) - len(a)) / (len(a) * (len(a) - 1))  # less the diagonal, where the kernel is 1
 
-    return within(x) + within(y) - 2 * kernel(x, y).mean()
+    return within(x) + within(y) - 2 * over_pairs(x, y, kernel) / (len(x) * len(y))
 
 
 def frechet(x: Tensor, y: Tensor) -> Tensor:

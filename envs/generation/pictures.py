@@ -61,6 +61,20 @@ def shapes(condition: Tensor, place: Tensor, side: int) -> Tensor:
     return (0.5 - own).clamp(0, 1) * level * 2 - 1
 
 
+def upright(image):
+    """An opened image of Pillow's as a person sees it, in RGB: turned as its camera says, 16 bits scaled to 8, on white where it
+    is transparent. (Pillow's convert cuts 16 bits off at 255, and shows the colours below transparency.)"""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda v: v * (1 / 257)).convert("L")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def folder(path: str, side: int) -> tuple[Tensor, Tensor, list[str], list[str]]:
     """Images below `path`, each cut to its central square and scaled to side x side: (n, 3, side, side), labels, the names of
     classes (folders directly below, or one where there are none), and what could not be read: 'FILE (why)'."""
@@ -74,13 +88,14 @@ def folder(path: str, side: int) -> tuple[Tensor, Tensor, list[str], list[str]]:
                         "give a folder of images, or of folders of images, one a class")
     kinds = sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
     files = sorted((f, i) for i, k in enumerate(kinds) for f in (root / k).rglob("*") if f.suffix.lower() in SUFFIXES)
+    beside = sum(f.suffix.lower() in SUFFIXES for f in root.iterdir()) if files else 0
     if not files:
         kinds, files = ["all"], sorted((f, 0) for f in root.glob("*") if f.suffix.lower() in SUFFIXES)
-    images, labels, skipped = [], [], []
+    images, labels, skipped = [], [], [f"{beside} images beside the folders of classes belong to no class"] if beside else []
     for file, label in files:
         try:
             with Image.open(file) as image:
-                image = image.convert("RGB")
+                image = upright(image)
                 edge = min(image.size)
                 left, top = (image.width - edge) // 2, (image.height - edge) // 2
                 image = image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + edge, top + edge))

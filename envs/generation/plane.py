@@ -79,6 +79,8 @@ class Plane(GenerationWorld):
     def __init__(self, config, device="cpu"):
         super().__init__(config, device)
         self.mixture = self.teacher = None
+        if MODES % config.groups:
+            raise UserError(f"env.groups={config.groups} does not divide the ring's {MODES} modes\ntake 1, 2, 4 or 8")
         if config.shape == "ring":
             self.mixture = self.teacher = ring(config.spread, config.groups, config.skewed).to(self.device)
             if config.tilt:
@@ -103,6 +105,7 @@ class Plane(GenerationWorld):
     def _start(self):
         if self.config.shape != "ring" and self.config.start == "shipped":
             raise UserError(f"env.shape={self.config.shape}: the weights that are shipped were trained on the ring\n"
+                            "name a finished run on this env: policy.path=FOLDER; or, if nothing has to be learned from them, "
                             "begin from random ones: env.start=none")
         return super()._start()
 
@@ -141,11 +144,11 @@ class Plane(GenerationWorld):
             return (apart + mine).logsumexp(1) - (apart + others).logsumexp(1)
         return -self._nearest(x, condition)[0] + 0.5 * x[:, 0]
 
-    drawn = 500
+    drawn, followed = 500, 120
 
     def show(self, x, condition, way):
         out = {"samples": drawing.density(x, condition)}
-        return out if way is None else {**out, "paths": drawing.paths(way[:, :120], condition[:120])}
+        return out if way is None else {**out, "paths": drawing.paths(way, condition[:way.shape[1]])}
 
     def _nearest(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Distance to the nearest mode of the condition (n,), and which."""

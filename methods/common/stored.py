@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -14,7 +14,8 @@ from runner.errors import UserError, nearest
 
 def load_run(network: nn.Module, path: str, parts: tuple[str, ...]) -> nn.Module:
     """Fill `network` with the weights of a finished run: its folder, the file weights.safetensors in it, or what `export` wrote.
-    parts: which of a method's modules it is, the first that is there.
+    parts: which of a method's modules it is, the first that is there. What the network tells by them (Method.kind) is kept as
+    `network.begun_as`, "" where the file does not say.
 
     UserError: no weights there, or of another shape."""
     place = Path(path).expanduser()
@@ -23,19 +24,22 @@ def load_run(network: nn.Module, path: str, parts: tuple[str, ...]) -> nn.Module
         raise UserError(f"policy.path={path}: no weights there (looked for {file})\ngive the folder of a finished run")
     try:
         found = load_file(file)
+        with safe_open(file, "pt") as opened:
+            said = opened.metadata() or {}
     except SafetensorError as e:
         raise UserError(f"policy.path={path}: {file.name} can't be read: {e}\ngive the folder of a finished run") from None
     part = next((p for p in parts if any(k.startswith(f"{p}.") for k in found)), None)
     if part:
         found = {k.removeprefix(f"{part}."): v for k, v in found.items() if k.startswith(f"{part}.")}
     mine = network.state_dict()
-    wrong = [k for k in mine if k not in found or found[k].shape != mine[k].shape]
+    wrong = [k for k in {**mine, **found} if k not in mine or k not in found or found[k].shape != mine[k].shape]
     if wrong:
-        there = tuple(found[wrong[0]].shape) if wrong[0] in found else "missing"
-        raise UserError(f"policy.path={path}: the weights there are of another shape: {wrong[0]} is {there}, this policy "
-                        f"needs {tuple(mine[wrong[0]].shape)}\nset the policy's sizes as that run had them (policy.width, "
+        there, needed = (str(tuple(w[wrong[0]].shape)) if wrong[0] in w else "missing" for w in (found, mine))
+        raise UserError(f"policy.path={path}: the weights there are of another shape: {wrong[0]} is {there}, in this policy "
+                        f"it is {needed}\nset the policy's sizes as that run had them (policy.width, "
                         "…), and take an env like its own")
-    network.load_state_dict({k: found[k] for k in mine})
+    network.load_state_dict(found)
+    network.begun_as = said.get("kind") or json.loads(said.get("run", "{}")).get("kind", "")
     return network
 
 

@@ -59,7 +59,7 @@ class AdaptiveGuidance(CFG):
         return self.config.linear and walk.step % 2 == 1 and walk.step < walk.steps // 2
 
     def _remember(self, walk, conditional, unconditional):
-        if self.config.linear:
+        if self.config.linear and walk.step < walk.steps // 2:  # nothing is regressed later
             walk.memory.setdefault("past", []).append(conditional)
             if unconditional is not None:
                 walk.memory["past"].append(unconditional)

@@ -52,12 +52,14 @@ class Generator(Method):
                               low=0.0, high=1.0)
         sampler: str = knob("ode", "steps of generation (methods/diffusion/flow.py)",
                             choices=["ode", "flow", "dance", "cps", "ddim"])
-        sampler_noise: float = knob(0.7, "a: noise level of a stochastic sampler", low=0.0, when={"sampler": ["flow"]})
+        sampler_noise: float = knob(0.7, "a: noise level of a stochastic sampler", low=0.0,
+                                    when={"sampler": ["flow", "dance", "cps", "ddim"]})
         sampler_steps: int = knob(40, "steps of generation", low=1)
         shift: float = knob(1.0, "S: of the time grid; above 1 more steps are spent on noise", low=1e-3)
         guidance: float = knob(1.0, "w: scale of classifier-free guidance; 1: none")
 
     capturable = True
+    kind = "velocity"    # what the network tells
     starts = False       # whether samples come with the weights that the world offers to start from
     records = True       # whether generation on a GPU may record the network's velocity in a CUDA graph
     keeps_start = False  # whether the network as it was at the start is asked, as `self.reference`
@@ -75,14 +77,25 @@ class Generator(Method):
     def check_network(self):
         """Refuse what a network made elsewhere (methods/diffusion/diffusers.py) can't do."""
         c, network = self.config, self.network
+        begun_as = getattr(network, "begun_as", "")
+        if begun_as and begun_as != self.begins_as:
+            raise UserError(f"policy.path: the network of that run tells another thing ({begun_as}) than this method begins from "
+                            f"({self.begins_as})\ntake a run of a method of the same kind, such as flow_matching for a velocity")
         if getattr(network, "latent", False) and getattr(c, "model", "") != "given":
             raise UserError("this pipeline's samples are latents, and this env's are images: it is not trained here\nsample with "
                             "it as it is: method.model=given (flow_matching, cfg, apg, adaptive_guidance)")
-        if c.guidance != 1 and not getattr(network, "guided", True):
-            lacks = "class that stands for none (policy.null)" if network.labelled else "classes"
-            raise UserError(f"method.guidance={c.guidance}: this pipeline has no {lacks}\nwithout guidance: method.guidance=1")
+        for name in ("guidance", "teacher_guidance"):
+            if getattr(c, name, 1) != 1 and not getattr(network, "guided", True):
+                lacks = "class that stands for none (policy.null)" if network.labelled else "classes"
+                raise UserError(f"method.{name}={getattr(c, name)}: this pipeline has no {lacks}\nwithout guidance: "
+                                f"method.{name}=1")
         if getattr(network, "grid", None):
             self.grid()  # refuses more steps than its schedule has
+
+    @property
+    def begins_as(self) -> str:
+        """The kind of network that it may begin from."""
+        return self.kind
 
     def make_optimizers(self):
         c = self.config
@@ -111,15 +124,21 @@ class Generator(Method):
 
     def load_start(self, start: dict[str, Tensor]):
         if start and not self.blueprint.own_weights:
-            wrong = [k for k, v in self.network.state_dict().items() if k not in start or start[k].shape != v.shape]
-            if wrong:
-                raise UserError(f"the env's starting weights are of another shape than this network ({wrong[0]})\nleave policy "
-                                "and its sizes as they are; or build a start of your own; or begin at random: env.start=none")
-            self.network.load_state_dict(start)
+            self.fill(self.network, start)
             self.begun = True
         for copied in (self.averaged, self.reference):
             if copied is not None:
                 copied.load_state_dict(self.network.state_dict())
+
+    def fill(self, network: nn.Module, start: dict[str, Tensor]):
+        """Load the weights that the world offers."""
+        own = network.state_dict()
+        wrong = [k for k in {**own, **start} if k not in own or k not in start or start[k].shape != own[k].shape]
+        if wrong:
+            raise UserError(f"the env's starting weights are of another shape than this network ({wrong[0]})\nleave policy "
+                            "and its sizes as they are; or name a finished run: policy.path=FOLDER; or, if nothing has to be "
+                            "learned from them, begin at random: env.start=none")
+        network.load_state_dict(start)
 
     def use_exact(self):
         """Put the world's exact velocity in the network's place (method.model=exact)."""
@@ -221,6 +240,6 @@ class Generator(Method):
             return Drawn(self.finish(walk.x), walk.calls, self.finish(torch.stack(passed)) if path else None)
 
     def export(self):
-        kind = {"kind": "velocity", "class": type(self.network).__name__, "shape": ",".join(map(str, self.spec.sample_shape))}
+        kind = {"kind": self.kind, "class": type(self.network).__name__, "shape": ",".join(map(str, self.spec.sample_shape))}
         source = self.network if self.averaged is None else self.averaged
         return dict(source.state_dict()), kind

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from methods.common.networks import CosineRate
 from methods.diffusion import edm, flow
 from methods.diffusion.base import Generator
+from runner.errors import UserError
 from runner.interface import Spec, knob
 
 
@@ -69,12 +70,26 @@ class Consistency(Generator):
 
     PARTS = ("schedule", "index", "partner", "target", "distance", "weight", "after_update", "velocity", "guide")
     ADDITIVE = ("after_update",)
+    kind = "consistency"
     keeps_target = True  # whether `target` is a moving average of the network
 
     def setup(self, spec: Spec):
         super().setup(spec)
+        c = self.config
+        if not c.lowest < c.highest:
+            raise UserError(f"method.lowest={c.lowest} is no level below method.highest={c.highest}")
+        if c.sampler_steps > 1 and not c.lowest <= c.middle <= c.highest:
+            raise UserError(f"method.middle={c.middle} does not lie between method.lowest={c.lowest} and method.highest="
+                            f"{c.highest}")
         self.averaging = copy.deepcopy(self.network).requires_grad_(False) if self.keeps_target else None
         self.register_buffer("made", torch.zeros(()))
+
+    def check_network(self):
+        if hasattr(self.network, "grid"):
+            raise UserError("consistency models ask a network at levels and times of their own, and this policy has a schedule\n"
+                            "take policy=unet or policy=dit; methods that train a pipeline further are flow_matching, flow_grpo, "
+                            "flow_dpo, dmd with method.initial=start, …")
+        super().check_network()
 
     def make_optimizers(self):
         c, parameters = self.config, list(self.network.parameters())
@@ -162,4 +177,4 @@ class Consistency(Generator):
 
     def export(self):
         tensors, kind = super().export()
-        return tensors, {**kind, "kind": "consistency", "deviation": str(self.config.deviation)}
+        return tensors, {**kind, "deviation": str(self.config.deviation)}

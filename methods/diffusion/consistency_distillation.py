@@ -41,6 +41,10 @@ class ConsistencyDistillation(Taught, Consistency):
         return self.config.solver != "data"
 
     @property
+    def begins_as(self):
+        return "velocity" if self.learns_from_start else self.kind
+
+    @property
     def keeps_start(self):
         return self.learns_from_start
 
@@ -52,7 +56,7 @@ class ConsistencyDistillation(Taught, Consistency):
 
     def load_start(self, start):
         if start:
-            self.reference.load_state_dict(start)
+            self.fill(self.reference, start)
             self.begun = True
 
     def update(self, batch):

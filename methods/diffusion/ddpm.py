@@ -1,11 +1,12 @@
 """DDPM (Ho et al. 2020, arXiv 2006.11239), generated from by DDIM's steps (Song et al. 2020, arXiv 2010.02502).
 
-    x_k = sqrt(ab_k) x0 + sqrt(1 - ab_k) e,   ab_k = prod_{l <= k} (1 - b_l),   b linear from 1e-4 to 0.02, k = 0 … K - 1
+    x_k = sqrt(ab_k) x0 + sqrt(1 - ab_k) e,   ab_k = prod_{l <= k} (1 - b_l),   k = 0 … K - 1
+    b linear from 1e-4 to 0.02 at K = 1000; with other K times 1000 / K, so that as much noise comes together (at most 0.999)
     L = E || e_theta(x_k, k, c) - e ||^2 / D,  k uniform
 
 A rectified flow in other clothes (methods/diffusion/schedule.py). Parts that differ: `times` are those of the K steps; `velocity`
 gives the network x_k and k / K, and turns the noise that it predicts into a velocity; `error` is that of the noise, (1 - t)^2
-times the velocity's. Generation begins at the last step, where a hundredth of the data is left (ab = 4e-5), instead of t = 1;
+times the velocity's. Generation begins at the last step, where a hundredth of the data is left (ab = 4e-5), with x_k = noise;
 sampler=ddim with sampler_noise=1 is DDPM's ancestral sampling (posterior variance), on `sampler_steps` of the K steps.
 """
 
@@ -34,13 +35,18 @@ class DDPM(Regression):
                             choices=["ode", "flow", "dance", "cps", "ddim"])
         sampler_noise: float = knob(1.0, "eta: noise level of a stochastic sampler", low=0.0, source="paper")
 
+    @property
+    def kind(self):
+        return "velocity" if self.config.process == "flow" else "epsilon"
+
     def setup(self, spec: Spec):
         super().setup(spec)
         c = self.config
         if c.process == "ddpm" and c.sampler_steps > c.schedule_steps:
             raise UserError(f"method.sampler_steps={c.sampler_steps}: the schedule has {c.schedule_steps} steps "
                             "(method.schedule_steps)\ntake at most that many")
-        self.register_buffer("table", schedule.table(schedule.betas("linear", c.schedule_steps)), persistent=False)
+        self.register_buffer("table", schedule.table(schedule.betas(
+            "linear", c.schedule_steps, 0.1 / c.schedule_steps, min(20 / c.schedule_steps, 0.999))), persistent=False)
 
     def check_network(self):
         if self.config.process == "ddpm" and hasattr(self.network, "grid"):
@@ -70,3 +76,12 @@ class DDPM(Regression):
             return super().grid(steps)
         k = torch.linspace(len(self.table) - 1, 0, steps or self.config.sampler_steps, device=self.table.device).round().long()
         return torch.cat([self.table[k], self.table.new_zeros(1)])
+
+    def begin(self, noise: Tensor) -> Tensor:
+        if self.config.process == "flow":
+            return super().begin(noise)
+        return noise * schedule.size(noise, self.table[-1])
+
+    def export(self):
+        tensors, kind = super().export()
+        return tensors, kind if self.config.process == "flow" else {**kind, "schedule_steps": str(self.config.schedule_steps)}

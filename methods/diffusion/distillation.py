@@ -75,6 +75,12 @@ class Distillation(Taught, Generator):
     MARGIN = 0.02  # of the grid of levels that the comparison leaves out at either end
 
     @property
+    def kind(self):
+        return "velocity" if self.config.initial == "start" else "edm_denoiser"
+
+    begins_as = "velocity"
+
+    @property
     def asks_teacher(self):
         return self.config.match_weight > 0
 
@@ -93,8 +99,13 @@ class Distillation(Taught, Generator):
     def setup(self, spec: Spec):
         super().setup(spec)
         c = self.config
+        if c.lowest >= c.highest:
+            raise UserError(f"method.lowest={c.lowest} is no level below method.highest={c.highest}")
         self.fake = self.blueprint.build(spec)
         self.find_teacher()
+        if self.begun and c.initial == "random":
+            raise UserError("policy.path brings weights, with which the generator and the fake score then begin\n"
+                            "set method.initial=start; the teacher is that network, too, unless method.teacher=exact")
         if c.reward_weight and not spec.proxies:
             raise UserError("method.reward_weight: this env has no differentiable reward\nleave it at 0, or choose another env")
         for name in ("told_match", "told_gan", "told_reward"):  # of the generator's latest step
@@ -113,12 +124,12 @@ class Distillation(Taught, Generator):
         return list(self.fake.parameters())
 
     def load_start(self, start: dict[str, Tensor]):
-        self.begun = bool(start)
         if self.config.initial == "start":
             super().load_start(start)
             self.fake.load_state_dict(self.network.state_dict())
         elif start and self.learns_from_start:
-            self.reference.load_state_dict(start)
+            self.fill(self.reference, start)
+            self.begun = True
 
     # -- denoisers
     def hidden(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
@@ -218,6 +229,4 @@ class Distillation(Taught, Generator):
 
     def export(self):
         tensors, kind = super().export()
-        if self.config.initial == "start":
-            return tensors, kind
-        return tensors, {**kind, "kind": "edm_denoiser", "deviation": str(self.config.deviation)}
+        return tensors, kind if self.config.initial == "start" else {**kind, "deviation": str(self.config.deviation)}

@@ -67,6 +67,9 @@ class FDistill(DMD2):
         if self.config.divergence != "rkl" and not self.config.gan_weight:
             raise UserError("method.gan_weight=0: the classifier tells the ratio that the divergence's weight is made of\n"
                             "give it a weight; or choose method.divergence=rkl, which needs no ratio")
+        if self.config.lowest_ratio >= self.config.highest_ratio:
+            raise UserError(f"method.lowest_ratio={self.config.lowest_ratio} is not below method.highest_ratio="
+                            f"{self.config.highest_ratio}")
         self.register_buffer("level_ratio", torch.ones(max(self.config.bins, 1)))
 
     def ratio_of(self, rows) -> Tensor:

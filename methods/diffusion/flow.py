@@ -44,9 +44,12 @@ class Step(NamedTuple):
     factor: Tensor
 
 
-def grid(steps: int, shift: float = 1.0, device=None) -> Tensor:
-    """(steps + 1,) times from 1 to 0: linear, then t <- S t / (1 + (S - 1) t); S > 1 spends more steps on noise."""
-    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device)  # made there: a copy cannot be captured
+def grid(steps: int, shift: float = 1.0, device=None, end: float = 0.0) -> Tensor:
+    """(steps + 1,) times from 1 to 0: linear, then t <- S t / (1 + (S - 1) t); S > 1 spends more steps on noise. end > 0: the
+    linear times end there, and the last step goes from it to 0 (SD3's scheduler: 0.003)."""
+    made = {"dtype": torch.float64, "device": device}  # made there: a copy cannot be captured
+    t = torch.linspace(1, end, steps + (not end), **made)
+    t = torch.cat([t, torch.zeros(1, **made)]) if end else t
     return (shift * t / (1 + (shift - 1) * t)).float()
 
 

@@ -39,8 +39,8 @@ class FlowMatching(Regression):
 
     def update(self, batch):
         if self.config.model == "given" and not self.begun:
-            raise UserError("method.model=given: no network is given\nname one: policy.path=FOLDER; or take the env's start: "
-                            "env.start=shipped or own, not none")
+            raise UserError("method.model=given: no network is given\nname one: policy.path=FOLDER; or take the env's start, "
+                            "where it has one: env.start=shipped or own, not none")
         if self.config.model != "trained":
             return {"loss": torch.zeros((), device=self.device())}
         return super().update(batch)

@@ -12,7 +12,7 @@ two parts:
     log_ratio    log r^ = s (log p_theta - log p_old + mean_d dmu^2 / 2 s^2) = z . dmu / D: mean 0, no 1 / s left. The gradient
                  flows through the added term, too: only then is the identity one of gradients
     step_weight  1 / h, h = t - t': the factor of the velocity in mu is -k h with k = 1 + a^2 / 2 at every t < 1, so that
-                 afterwards every step trains it equally. Where k is not constant (sde=dance, ddim) 1 / (k h)
+                 afterwards every step trains it equally. Where k is not constant (sde=dance, cps, ddim) 1 / (k h)
 
 | knob | |
 |---|---|
@@ -52,13 +52,14 @@ class GRPOGuard(FlowPolicy):
         if not self.config.normalise:
             return super().log_ratio(rows)
         moved = rows.now.mean - rows.mean
-        if self.config.bias == "row":  # z . dmu / D itself: the same number and gradient, without the cancellation
-            return flow.aggregate((rows.next - rows.mean) * moved, 2, self.config.log_prob_over) / rows.std[:, None]
-        bias = flow.aggregate(moved.square() / (2 * rows.now.std.square()), 2, self.config.log_prob_over)
-        return rows.std[:, None] * (super().log_ratio(rows) + bias.mean(1, keepdim=True))
+        over, std = self.config.log_prob_over, rows.std[:, None]
+        ratio = flow.aggregate((rows.next - rows.mean) * moved, 2, over) / std  # z . dmu / D, without the sum's cancellation
+        if self.config.bias == "row":
+            return ratio
+        bias = flow.aggregate(moved.square(), 2, over) / (2 * std)
+        return ratio + bias.mean(1, keepdim=True) - bias
 
     def step_weight(self, rows) -> Tensor:
         if not self.config.reweigh:
             return super().step_weight(rows)
-        factor = rows.now.factor.flatten() if self.config.sde in ("dance", "ddim") else 1.0
-        return 1 / (rows.h * factor)
+        return 1 / (rows.h * (1.0 if self.config.sde == "flow" else rows.by.factor))

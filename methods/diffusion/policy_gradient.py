@@ -6,8 +6,8 @@ times in `minibatches` steps of the optimiser. A sample is what is rewarded as o
 numbers in all.
 
      1. collect      Q = `prompts` conditions, G = `samples` rollouts each of `steps` steps, stochastic and trained in a window
-                     (all but the last where window = 0); x_j, log p_old and mu_old of the trained steps are kept.
-                     `initial` draws where they begin
+                     (window = 0: all stochastic, and all but the last trained); x_j, log p_old and mu_old of the trained steps
+                     are kept. `initial` draws where they begin
      2. reward       R_i of the finished sample, (N,); the world's proxy                                       (additive)
      3. advantage    A_i = (R_i - mean_g R) / (std + 1e-4), std of the group or the batch, cut to [-5, 5]; one for all steps
      4. transition   the Gaussian steps' coefficients over the grid (methods/diffusion/flow.py)
@@ -27,8 +27,8 @@ step:
     x, v      mean_d (mu - mu_ref)^2, mean_d (v - v_ref)^2
 
 The defaults are for samples of some hundred numbers; the official ones for D = 65,536: eps 1e-4, two optimiser steps a batch, G
-= 24, 48 prompts, std of the batch, kl_weight 0.04. Samples of zero advantage are kept (officially dropped): their gradient is
-zero. Sources: Liu et al. 2025 (Flow-GRPO, arXiv 2505.05470); Black et al. 2023 (DDPO).
+= 24, 48 prompts, std of the batch, kl_weight 0.04, grid_end 0.003. Samples of zero advantage are kept (officially dropped):
+their gradient is zero. Sources: Liu et al. 2025 (Flow-GRPO, arXiv 2505.05470); Black et al. 2023 (DDPO).
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ from torch import Tensor
 
 from methods.diffusion import flow
 from methods.diffusion.base import Generator
+from runner.errors import UserError
 from runner.interface import Spec, knob
+
+TOLD = ("ratio_shift_first", "ratio_shift_middle", "ratio_shift", "clip_balance")  # of the ratios, for the world
 
 
 @dataclasses.dataclass
@@ -78,6 +81,8 @@ class FlowPolicy(Generator):
         prompts: int = knob(4, "Q: conditions a batch", low=1)
         samples: int = knob(16, "G: rollouts of each", low=2)
         steps: int = knob(10, "T: of a rollout", low=2, source="paper")
+        grid_end: float = knob(0.0, "where the linear time grid ends before its shift, 0.003 in SD3's scheduler, whose last step "
+                               "is nearly empty; 0: all steps alike", low=0.0, high=0.5)
         noise_level: float = knob(0.7, "a: of the stochastic steps", low=1e-6, source="paper")
         sde: str = knob("flow", "kind of the stochastic steps", choices=["flow", "dance", "cps", "ddim"])
         log_prob_over: str = knob("mean", "how a step's log-probability is made of its D numbers' (with sum, no ratio is biased)",
@@ -103,12 +108,24 @@ class FlowPolicy(Generator):
         return self.config.kl_weight > 0
 
     def setup(self, spec: Spec):
+        self.check_sizes()
         super().setup(spec)
-        for name in ("shift_sum", "balance_sum", "seen"):  # of the log-ratios at the last trained step, over the run
-            self.register_buffer(name, torch.zeros(()))
+        self.register_buffer("ratio_sums", torch.zeros(len(TOLD)))  # over the run, of the last optimiser step of each batch
+        self.register_buffer("seen", torch.zeros(()))
         self.register_buffer("going", torch.ones(()))  # 0 once `stop_at` was reached
         for name, table in self.transition(self.grid(self.config.steps))._asdict().items():
             self.register_buffer(f"step_{name}", table, persistent=False)
+
+    def check_sizes(self):
+        c = self.config
+        if c.minibatches > c.prompts * c.samples:
+            raise UserError(f"method.minibatches={c.minibatches}: a batch has {c.prompts * c.samples} rollouts (method.prompts x "
+                            "method.samples)\ntake at most that many")
+        if c.window and c.window_start + c.window > c.steps - 1:
+            raise UserError(f"method.window={c.window} from method.window_start={c.window_start}: of {c.steps} steps "
+                            f"(method.steps) the first {c.steps - 1} can be trained\ntake a smaller window, or an earlier one")
+        if c.sde == "cps" and c.noise_level > 1:
+            raise UserError(f"method.noise_level={c.noise_level}: with sde=cps it is at most 1, where all noise is fresh")
 
     def steps_of_update(self):
         return self.config.minibatches * self.config.passes
@@ -120,12 +137,18 @@ class FlowPolicy(Generator):
         self.objective = torch.compile(self.objective, dynamic=False)
 
     def trained(self) -> range:
-        """Which steps of a rollout are trained: the last one, nearly without noise, is not."""
+        """Which steps of a rollout are trained: the last one is not (officially nearly empty, see `grid_end`; with the grid as it
+        stands its noise stays in what is rewarded: a deviation of 0.2 at 10 steps, shift 3)."""
         c = self.config
-        if not c.window:
-            return range(c.steps - 1)
-        first = min(c.window_start, c.steps - 2)
-        return range(first, min(first + c.window, c.steps - 1))
+        return range(c.window_start, c.window_start + c.window) if c.window else range(c.steps - 1)
+
+    def grid(self, steps: int | None = None) -> Tensor:
+        c = self.config
+        if not c.grid_end:
+            return super().grid(steps)
+        if hasattr(self.network, "grid"):
+            raise UserError("method.grid_end: this policy walks the times of its own schedule\nleave it at 0")
+        return flow.grid(steps or c.sampler_steps, c.shift, self.device(), c.grid_end)
 
     # -- rollouts
     @torch.no_grad()
@@ -168,8 +191,8 @@ class FlowPolicy(Generator):
                 told.append(self.learn(batch, rows, pace, len(told) == self.steps_of_update() - 1))
         last = told[-1]
         with torch.no_grad():
-            self.shift_sum += last["shift_last"]
-            self.balance_sum += last["clip_high_last"] - last["clip_low_last"]
+            self.ratio_sums += torch.stack([last["shift_first"], last["shift_middle"], last["shift_last"],
+                                            last["clip_high_last"] - last["clip_low_last"]])
             self.seen += 1
         return {"reward": batch["reward"].mean(), "reward_deviation": batch["reward"].std(),
                 **{k: torch.stack([t[k] for t in told]).mean() for k in ("loss", "penalty") if k in last},
@@ -229,8 +252,8 @@ class FlowPolicy(Generator):
                 "clip_high": high.mean(), "clip_low": low.mean(), "clip_high_last": high[-1], "clip_low_last": low[-1]}
 
     def inspect(self, batch):
-        shift, balance = (v / self.seen.clamp(min=1) for v in (self.shift_sum, self.balance_sum))
-        return {"ratio_shift": shift, "ratio_bias": shift.abs(), "clip_balance": balance}
+        told = dict(zip(TOLD, self.ratio_sums / self.seen.clamp(min=1)))
+        return {**told, "ratio_bias": told["ratio_shift"].abs()}
 
     # -- parts
     def initial(self, number: int, points: int) -> Tensor:

@@ -39,7 +39,9 @@ class R0(Distillation):
     @dataclasses.dataclass(frozen=True)
     class Config(Distillation.Config):
         sampler_steps: int = knob(4, "K: steps of generation", low=1, source="paper")
-        initial: str = knob("start", "first weights of generator and fake score", choices=["random", "start"])
+        initial: str = knob("start", "first weights of generator and fake score", choices=["random", "start"],
+                            when={"anchor": [0.0]})
+        deviation: float = knob(1.0, "sd: of the data's coordinates", low=1e-3, when={"initial": ["random"], "anchor": [0.0]})
         match_weight: float = knob(0.0, "of the teacher's part in the loss; 0: none, and no score follows the generator", low=0.0,
                                    source="paper")
         teacher_guidance: float = knob(1.0, "w: classifier-free guidance of the teacher, as a reward; 1: none")
@@ -62,7 +64,7 @@ class R0(Distillation):
 
     def setup(self, spec: Spec):
         super().setup(spec)
-        if self.config.anchor and self.config.initial == "random" and self.learns_from_start:
+        if self.config.anchor and self.config.initial == "random":
             raise UserError("method.anchor holds weights where they started, which is at random\n"
                             "set method.initial=start, or anchor=0")
 

@@ -42,6 +42,9 @@ class RLG(FlowPolicy):
                             "method.model=trained")
         super().setup(spec)
         if self.config.model == "exact":
+            if self.config.guidance != 1:
+                raise UserError(f"method.guidance={self.config.guidance}: with method.model=exact both velocities are taken as "
+                                "they are\nleave it at 1")
             self.use_exact()
             direction = torch.zeros_like(spec.exact.means[0])
             direction[0] = 1.0

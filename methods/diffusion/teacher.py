@@ -13,7 +13,7 @@ from runner.errors import UserError
 
 
 class Taught:
-    begun = False        # whether the world's weights came
+    begun = False        # whether the world's weights came, or the policy's own (policy.path)
     asks_teacher = True
 
     @property
@@ -30,8 +30,9 @@ class Taught:
 
     def require_start(self):
         if self.starts and not self.begun:
-            raise UserError("there are no weights to start or to learn from\nmethod.teacher and method.initial want those that "
-                            "the env offers: env.start=shipped or own, not none")
+            raise UserError("there are no weights to start or to learn from\nmethod.teacher and method.initial want a trained "
+                            "velocity: a finished run of flow_matching on this env (policy.path=FOLDER), or what the env "
+                            "offers (env.start=shipped or own), where it does")
 
     def taught(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """D_real(x_t, t) (n, …) without guidance."""

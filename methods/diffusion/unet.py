@@ -73,7 +73,7 @@ class UNetPolicy:
         if len(shape) != 3 or shape[1] % 2 ** halvings or shape[2] % 2 ** halvings:
             raise UserError(f"policy=unet is for images whose sides {2 ** halvings} divides; this env's samples are "
                             f"{' x '.join(map(str, shape))}\ntake policy=mlp, or fewer policy.channels")
-        if any(c % 8 for c in self.config.channels):
-            raise UserError(f"policy.channels={list(self.config.channels)}: each must be a multiple of 8")
+        if not self.config.channels or any(c % 8 for c in self.config.channels):
+            raise UserError(f"policy.channels={list(self.config.channels)}: each must be a multiple of 8, and one is needed")
         network = UNet(shape, spec.classes, self.config.channels)
         return load_run(network, self.config.path, ("averaged", "network")) if self.config.path else network

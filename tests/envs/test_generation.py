@@ -15,7 +15,7 @@ from envs.generation.images import Images
 from envs.generation.metrics import effective
 from envs.generation.plane import Plane
 from runner.errors import UserError
-from runner.interface import Spec
+from runner.interface import Drawn, Spec
 
 
 def numbers(seed=0):
@@ -34,8 +34,6 @@ class Truth:
         self.world, self.other = world, other
 
     def draw(self, noise, condition, more=None, path=False):
-        from runner.interface import Drawn
-
         classes = self.world.spec().classes
         x = self.world.sample((condition + self.other) % classes, numbers(5))
         return Drawn(x, torch.ones(len(x)), torch.stack([noise, x]) if path else None)
@@ -206,8 +204,28 @@ def test_folders_that_do_not_serve_are_refused(images, make, said):
 def test_too_few_of_a_class_are_refused(images):
     (images / "birds").mkdir()
     Image.new("RGB", (8, 8)).save(images / "birds" / "1.png")
-    with pytest.raises(UserError, match="too few images of some class"):
+    with pytest.raises(UserError, match="too few images of some class: 'birds' has 1 of"):
         folder(images)
+
+
+def test_images_are_read_as_a_person_sees_them(tmp_path):
+    """16 bits, transparency, a camera held upside down; and one that no class has."""
+    upper = torch.zeros(16, 16, dtype=torch.uint8)
+    upper[:8] = 255
+    (tmp_path / "a").mkdir()
+    for i in range(8):
+        Image.fromarray(upper.to(torch.int32).mul(257).numpy().astype("uint16")).save(tmp_path / "a" / f"0{i}.png")
+    Image.merge("LA", [Image.new("L", (16, 16)), Image.fromarray(255 - upper.numpy())]).save(tmp_path / "a" / "1.png")
+    turned = Image.Exif()
+    turned[0x112] = 3
+    Image.fromarray(255 - upper.numpy()).save(tmp_path / "a" / "2.png", exif=turned)
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    x, _, kinds, skipped = pictures.folder(str(tmp_path), 4)
+    assert kinds == ["a"] and len(x) == 10 and len(skipped) == 1 and "belong to no class" in skipped[0]
+    expected = torch.ones(3, 4, 4)
+    expected[:, 2:] = -1
+    for image in x:  # the edge between the halves is smoothed
+        torch.testing.assert_close(image[:, [0, 3]], expected[:, [0, 3]], atol=0.2, rtol=0)
 
 
 @pytest.mark.parametrize(("policy", "env", "said"), [
@@ -230,6 +248,92 @@ def test_images_are_learned_by_other_networks(cli, policy):
     assert done.code == 0, done.text
 
 
+@pytest.mark.parametrize(("words", "said"), [
+    ("method=flow_grpo env=ring policy.depth=2", "another shape than this network (blocks.1."),  # fewer blocks
+    ("method=dmd env=ring method.teacher=start policy.width=64", "another shape than this network (enter.weight)"),
+    ("method=consistency_distillation env=ring method.teacher=start policy.depth=2", "another shape than this network"),
+    ("method=dmd env=shapes", "comes with no starting weights\nname a finished run on it: policy.path=FOLDER"),
+    ("method=dmd env=moons", "name a finished run on this env: policy.path=FOLDER"),
+    ("method=dmd env=moons env.start=none", "a finished run of flow_matching on this env (policy.path=FOLDER)"),
+    ("method=rlg env=ring method.model=exact method.guidance=4", "both velocities are taken as they are"),
+    ("method=r0 env=ring method.initial=random", "set method.initial=start, or anchor=0"),
+    ("method=dmd env=ring method.lowest=20", "no level below method.highest"),
+    ("method=ict env=ring method.lowest=20", "no level below method.highest"),
+    ("method=ict env=ring method.middle=20 method.sampler_steps=2", "does not lie between"),
+    ("method=f_distill env=ring method.lowest_ratio=30", "is not below method.highest_ratio"),
+    ("method=flow_matching env=digits policy=unet policy.channels=[]", "one is needed"),
+    ("method=flow_matching env=ring env.groups=3", "env.groups=3 does not divide the ring's 8 modes")])
+def test_starts_and_settings_that_do_not_serve_are_refused(cli, words, said):
+    done = cli(*words.split(), "size=smoke", "logger=none")
+    assert done.code == 2 and said in done.text, done.text
+
+
+@pytest.mark.parametrize("method", ["dmd method.initial=start", "consistency_distillation", "r0 method.reward_weight=0.0 "
+                                    "method.match_weight=1.0"])
+def test_a_finished_run_is_a_teacher_where_the_world_knows_none(cli, method):
+    common = ["env=moons", "size=smoke", "logger=none", "loop.steps=2"]
+    assert cli("method=flow_matching", *common).code == 0
+    run = next((cli.cwd / "runs").iterdir())
+    done = cli(f"method={method.split()[0]}", *method.split()[1:], *common, f"policy.path={run}")
+    assert done.code == 0, done.text
+    done = cli("method=dmd", *common, f"policy.path={run}")
+    assert done.code == 2 and "set method.initial=start" in done.text
+
+
+def test_a_run_whose_network_tells_another_thing_is_not_begun_from(cli):
+    common = ["env=ring", "size=smoke", "logger=none", "loop.steps=1"]
+    runs = {}
+    for name in ("flow_matching", "ddpm", "dmd", "ict"):
+        assert cli(f"method={name}", *common).code == 0
+        runs[name], = (cli.cwd / "runs").glob(f"{name}-*")
+    assert cli("export", runs["ddpm"], "--to", "ddpm.safetensors").code == 0
+    for path, said in ((runs["ddpm"], "epsilon"), ("ddpm.safetensors", "epsilon"), (runs["dmd"], "edm_denoiser"),
+                       (runs["ict"], "consistency")):
+        done = cli("method=flow_matching", *common, f"policy.path={path}")
+        assert done.code == 2 and f"tells another thing ({said})" in done.text
+    for name, path in (("flow_grpo", "flow_matching"), ("ddpm", "ddpm"), ("ict", "ict"),
+                       ("consistency_distillation method.teacher=start", "flow_matching")):
+        done = cli(*f"method={name}".split(), *common, f"policy.path={runs[path]}")
+        assert done.code == 0, done.text
+
+
+def test_true_samples_are_the_same_whatever_numbers_a_method_draws(monkeypatch):
+    world, seen = Plane(Plane.Config(eval_samples=40)), []
+    monkeypatch.setattr(world, "judge", lambda x, true, condition: seen.append(true) or {})
+
+    class Made:
+        def __init__(self, greedy):
+            self.greedy = greedy
+
+        def draw(self, noise, condition, more=None, path=False):
+            torch.randn(self.greedy, generator=more)
+            return Drawn(noise, torch.ones(len(noise)))
+
+        def inspect(self, batch):
+            return {}
+
+    for greedy in (1, 1000):
+        world.evaluate(Made(greedy), 0)
+    assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize(("env", "number"), [("ring", 120), ("digits", 10)])
+def test_ways_are_kept_of_the_samples_that_are_shown_alone(cli, monkeypatch, env, number):
+    from methods.diffusion.flow_matching import FlowMatching
+
+    followed, draw = [], FlowMatching.draw
+
+    def watched(self, noise, condition, more=None, path=False):
+        followed.extend([len(noise)] if path else [])
+        return draw(self, noise, condition, more, path)
+
+    monkeypatch.setattr(FlowMatching, "draw", watched)
+    words = ("method=flow_matching", f"env={env}", "size=smoke", "logger=none", "loop.steps=1", "env.eval_samples=200")
+    assert cli(*words).code == 0
+    assert followed == [number]
+    assert len(list(cli.cwd.glob("runs/*/pictures/*.png"))) == 2
+
+
 def test_a_reward_that_is_nan_ends_the_run(cli, monkeypatch):
     from envs.generation.plane import Plane as World
 
@@ -241,3 +345,8 @@ def test_a_reward_that_is_nan_ends_the_run(cli, monkeypatch):
 def test_more_steps_than_the_schedule_has_are_its_own(cli):
     done = cli("method=ddpm", "env=ring", "size=smoke", "method.schedule_steps=6", "method.sampler_steps=50", "logger=none")
     assert done.code == 2 and "method.sampler_steps=50" in done.text, done.text
+
+
+def test_show_says_under_which_settings_a_setting_acts(cli):
+    shown = cli("show", "flow_grpo").out
+    assert "only with sampler=flow or dance or cps or ddim" in shown and "only with a setting such as window=1" in shown

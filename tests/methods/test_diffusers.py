@@ -235,7 +235,12 @@ def test_what_does_not_serve_is_refused(folder, tmp_path, monkeypatch):
         built(folder)
 
 
-def test_it_is_sampled_judged_and_drawn_from_the_command_line(cli, folder):
+def test_it_is_sampled_judged_and_drawn_from_the_command_line(cli, folder, tmp_path):
+    import diffusers
+
+    classes_alone = tmp_path / "classes"
+    diffusers.DDPMPipeline(tiny_unet(num_class_embeds=10), diffusers.DDPMScheduler(num_train_timesteps=K)).save_pretrained(
+        classes_alone)
     words = ["env=digits", "size=smoke", "logger=none", "policy=diffusers", f"policy.path={folder}"]
     done = cli("method=apg", *words, "method.model=given", "loop.steps=1")
     assert done.code == 0, done.text
@@ -250,3 +255,8 @@ def test_it_is_sampled_judged_and_drawn_from_the_command_line(cli, folder):
     assert refused.code == 2 and "the two are one" in refused.text
     assert "policy.path=FOLDER" in cli("method=cfg", "env=digits", "policy=diffusers", "size=smoke").text
     assert "schedule of its own" in cli("method=ddpm", *words).text
+    assert "this policy has a schedule" in cli("method=consistency_distillation", *words).text
+    assert cli("method=dmd", *words, "method.initial=start", "loop.steps=2").code == 0
+    lacking = cli("method=dmd", *words[:-1], f"policy.path={classes_alone}", "method.initial=start",
+                  "method.teacher_guidance=2.0")
+    assert lacking.code == 2 and "method.teacher_guidance=2.0: this pipeline has no class that stands for none" in lacking.text

@@ -8,6 +8,7 @@ import pytest
 import torch
 from token_methods import bare
 
+from envs.generation import metrics
 from envs.generation.exact import Mixture
 from envs.generation.metrics import energy_distance, frechet, mmd
 from envs.generation.plane import ring
@@ -15,6 +16,7 @@ from methods.diffusion import flow
 from methods.diffusion.flow_grpo import FlowGRPO
 from methods.diffusion.grpo_guard import GRPOGuard
 from methods.diffusion.mlp import MLP
+from runner.errors import UserError
 from runner.interface import Spec
 
 
@@ -90,6 +92,17 @@ def test_the_grid_is_shifted_toward_noise():
     torch.testing.assert_close(flow.grid(4, 3.0), torch.tensor([1, 2.25 / 2.5, 0.75, 0.5, 0]))
 
 
+def test_the_grid_of_sd3s_scheduler_has_an_empty_last_step():
+    end = 3 * 0.001 / (1 + 2 * 0.001)
+    known = torch.tensor([1, 0.960, 0.913, 0.858, 0.790, 0.707, 0.602, 0.465, 0.278, 0.009, 0])
+    torch.testing.assert_close(flow.grid(10, 3.0, end=end), known, atol=5e-4, rtol=0)
+    torch.testing.assert_close(policy(FlowGRPO, grid_end=end, shift=3.0).grid(10), known, atol=5e-4, rtol=0)
+    even, empty = (policy(FlowGRPO, **more).table() for more in ({}, {"grid_end": end}))
+    assert even.std[-1] == pytest.approx(0.202, abs=1e-3) and empty.std[-1] < 0.007
+    weight = (empty.factor * empty.length / empty.std)[[0, 4, 8]]  # of the on-policy gradient, known for this grid
+    torch.testing.assert_close(weight, torch.tensor([0.057, 0.264, 1.487]), atol=2e-3, rtol=0)
+
+
 def test_the_exact_velocity_is_that_of_a_regression():
     """E[e - x0 | x_t], by importance sampling of the posterior over x0."""
     mixture, g, t = ring(0.3, 2), torch.Generator().manual_seed(0), torch.tensor(0.6)
@@ -109,11 +122,14 @@ def test_a_tilted_mixture_is_the_density_times_the_exponential():
     torch.testing.assert_close(apart, apart[:1].expand(6), rtol=1e-4, atol=1e-4)
 
 
-def test_distances_of_samples():
+def test_distances_of_samples(monkeypatch):
     g = torch.Generator().manual_seed(0)
     a, b, c = torch.randn(2000, 3, generator=g), torch.randn(2000, 3, generator=g), torch.randn(2000, 3, generator=g) + 1
     assert abs(energy_distance(a, b)) < 0.01 < 0.3 < energy_distance(a, c)
     assert abs(mmd(a, b, 1.0)) < 0.002 < 0.05 < mmd(a, c, 1.0)
+    whole = energy_distance(a, c), mmd(a, c, 1.0)
+    monkeypatch.setattr(metrics, "AT_ONCE", 2 ** 16)  # many samples do not fill the memory: a part at a time
+    torch.testing.assert_close((energy_distance(a, c), mmd(a, c, 1.0)), whole, rtol=1e-5, atol=1e-7)
     assert frechet(a, c) == pytest.approx(3.0, abs=0.3)
     scaled = torch.randn(20000, 1, generator=g) * 2
     assert frechet(scaled, scaled / 2) == pytest.approx(1.0, abs=0.1)  # (2 - 1)^2
@@ -256,6 +272,33 @@ def test_guard_trains_the_velocity_alike_at_every_step():
     torch.testing.assert_close(out[FlowGRPO], expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("sde", ["dance", "cps", "ddim"])
+def test_guards_weight_is_one_over_kh_where_k_is_not_constant(sde):
+    method = policy(GRPOGuard, sde=sde, noise_level=0.5)
+    rows = moved(method)
+    k = rows.by.factor
+    assert k.max() > 1.1 * k.min()
+    torch.testing.assert_close(method.step_weight(rows) * rows.h * k, torch.ones(9))
+
+
+def test_guards_batch_bias_takes_gaussian_steps_of_cps_too():
+    """There the surrogate of Flow-GRPO has no 1 / 2 s^2; Guard's ratio is z . dmu / D all the same."""
+    method = policy(GRPOGuard, points=16, bias="batch", sde="cps", noise_level=0.5)
+    rows = moved(method)
+    row = GRPOGuard.log_ratio(policy(GRPOGuard, sde="cps", noise_level=0.5), rows)
+    torch.testing.assert_close(method.log_ratio(rows).mean(1), row.mean(1), rtol=1e-4, atol=1e-6)
+    assert (method.log_ratio(rows) - row).abs().max() < row.abs().max()
+
+
+@pytest.mark.parametrize(("values", "said"), [
+    ({"minibatches": 17}, "a batch has 16 rollouts"), ({"window": 3, "window_start": 7}, "the first 9 can be trained"),
+    ({"sde": "cps", "noise_level": 2.5}, "at most 1")])
+def test_batches_and_windows_that_are_empty_are_refused(values, said):
+    with pytest.raises(UserError, match=said):
+        policy(FlowGRPO, **values)
+    assert policy(FlowGRPO, window=3, window_start=6).trained() == range(6, 9)
+
+
 def test_small_clip_ranges_are_exact():
     """A ratio 2e-6 above 1 is clipped at 1e-6 and not at 3e-6."""
     method = policy(FlowGRPO, clip=1e-6)
@@ -294,6 +337,27 @@ def test_training_ends_at_the_reward_asked_for():
         same = all(torch.equal(a, b) for a, b in zip(before, method.network.parameters()))
         assert same == (max(told) >= 0.3)
     assert told[0] < 0.3 <= max(told)
+
+
+def test_with_two_steps_a_batch_the_first_is_on_policy_and_the_world_is_told_of_the_second():
+    method, lines = policy(FlowGRPO, points=64), []
+    learn = method.learn
+
+    def look(batch, index, pace, telling):
+        return lines.append(learn(batch, index, pace, True)) or lines[-1]
+
+    method.learn = look
+    for _ in range(3):
+        method.update(method.collect(Line()))
+        method.updates += 1
+    assert len(lines) == 6
+    assert all(line["ratio_deviation_last"] < 1e-6 for line in lines[::2])   # r = 1 up to rounding
+    assert all(line["ratio_deviation_last"] > 1e-4 for line in lines[1::2])
+    told = method.inspect({})
+    for name, key in (("ratio_shift_first", "shift_first"), ("ratio_shift_middle", "shift_middle"),
+                      ("ratio_shift", "shift_last")):
+        assert told[name].item() == pytest.approx(sum(line[key].item() for line in lines[1::2]) / 3, rel=1e-5)
+    assert told["ratio_bias"] == told["ratio_shift"].abs() > 0.1
 
 
 def test_all_equal_rewards_give_no_nan():

@@ -52,6 +52,9 @@ def test_a_finished_run_is_begun_from(policy, sizes, tmp_path):
     other = {k: v * 2 if isinstance(v, int) else tuple(2 * c for c in v) for k, v in sizes.items()}
     with pytest.raises(UserError, match="of another shape"):
         of(FlowMatching, policy, other, tmp_path)
+    if "depth" in sizes:  # a deeper run is not cut to size
+        with pytest.raises(UserError, match="of another shape"):
+            of(FlowMatching, policy, {**sizes, "depth": sizes["depth"] - 1}, tmp_path)
     with pytest.raises(UserError, match="no weights there"):
         of(FlowMatching, policy, sizes, tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("no weights")

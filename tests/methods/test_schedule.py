@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from token_methods import bare
 
 from methods.diffusion import flow, schedule
+from methods.diffusion.ddpm import DDPM
+from methods.diffusion.mlp import MLP
+from runner.interface import Spec
 
 
 def numbers(*shape, seed=0):
@@ -49,3 +53,18 @@ def test_places_are_the_steps_of_their_times():
     t = schedule.table(schedule.betas("squaredcos_cap_v2", 30))
     assert torch.equal(schedule.place(t, t), torch.arange(30))
     assert schedule.place(t, torch.tensor([0.0, 1.0])).tolist() == [0, 29]
+
+
+@pytest.mark.parametrize("steps", [2, 10, 50, 1000])
+def test_ddpm_begins_where_hardly_any_data_is_left_however_many_steps_there_are(steps):
+    """Generation begins at pure noise: what the last step keeps of the data has to be next to nothing."""
+    method = bare(DDPM, schedule_steps=steps, sampler_steps=2)
+    method.blueprint = MLP(MLP.Config(width=8, depth=2))
+    method.setup(Spec(sample_shape=(2,), classes=2))
+    last = method.table[-1]
+    assert 1 - last < 0.03 and (method.table.diff() > 0).all()
+    noise = numbers(5, 2)
+    torch.testing.assert_close(method.begin(noise) / schedule.size(noise, last), noise)  # x_k, as the network sees it
+    assert method.export()[1]["kind"] == "epsilon"
+    if steps == 1000:
+        assert torch.equal(method.table, schedule.table(schedule.betas("linear", 1000)))
