@@ -61,7 +61,7 @@ def card_of(folder: Path) -> dict | None:
 def ensure(job, quiet: bool):
     """Before a run: its env's own data set is there, or is made here and now if it is a small one."""
     env = job.config["env"]
-    if not job.env.card.get("data") or env.get("source", env.get("start")) != "own":
+    if not job.env.card.get("data") or "own" not in (env.get("source"), env.get("start")):
         return
     size = env["data_size"]
     entry = job.env._replace(values={**job.env.values, "own": env["own"]})

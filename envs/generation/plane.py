@@ -4,7 +4,7 @@
 |---|---|
 | ring         | 8 Gaussians of deviation `spread` on a circle of radius 1.5, every 45 degrees; condition 0: the first four |
 | checkerboard | squares of side 1 in [-2, 2]^2; condition: the left or the right half of them |
-| moons        | two half circles, noise 0.06; condition: which |
+| moons        | two half circles, 128 Gaussians of deviation 0.06 along each; condition: which |
 
 | proxy | |
 |---|---|
@@ -32,12 +32,29 @@ from torch import Tensor
 
 from envs.generation import drawing
 from envs.generation.base import GenerationWorld
-from envs.generation.exact import Mixture
+from envs.generation.exact import Boxes, Mixture
 from envs.generation.metrics import effective, energy_distance, mmd
 from runner.errors import UserError
 from runner.interface import Metric, Spec, knob
 
 RADIUS, MODES = 1.5, 8
+
+
+def moons() -> Mixture:
+    """Half circles of radius 1; Gaussians every 1.4 degrees, which overlap to an even band."""
+    number, noise = 128, 0.06
+    angle = math.pi * (torch.arange(number) + 0.5) / number
+    upper = torch.stack([angle.cos() - 0.5, angle.sin() - 0.25], 1)
+    each = torch.eye(2).repeat_interleave(number, 1)
+    return Mixture(torch.cat([upper, -upper]), noise, torch.cat([each, torch.ones(1, 2 * number)]))
+
+
+def checkerboard() -> Boxes:
+    """Of 4 x 4 squares of side 1 every other one."""
+    column = torch.arange(-2, 2).repeat_interleave(2)
+    low = torch.stack([column, column % 2 + torch.tensor([-2, 0]).repeat(4)], 1).float()
+    each = torch.eye(2).repeat_interleave(4, 1)
+    return Boxes(low, low + 1, torch.cat([each, torch.ones(1, 8)]))
 
 
 def ring(spread: float, groups: int, skewed: bool = False, backwards: bool = False) -> Mixture:
@@ -78,7 +95,7 @@ class Plane(GenerationWorld):
 
     def __init__(self, config, device="cpu"):
         super().__init__(config, device)
-        self.mixture = self.teacher = None
+        self.mixture = None  # of modes that are judged
         if MODES % config.groups:
             raise UserError(f"env.groups={config.groups} does not divide the ring's {MODES} modes\ntake 1, 2, 4 or 8")
         if config.shape == "ring":
@@ -87,6 +104,9 @@ class Plane(GenerationWorld):
                 self.mixture = self.teacher.tilted(torch.tensor([config.tilt, 0.0], device=self.device), 1.0)
             if config.teacher == "reversed":
                 self.teacher = ring(config.spread, config.groups, config.skewed, backwards=True).to(self.device)
+        else:
+            self._refuse_the_rings(config)
+            self.teacher = {"moons": moons, "checkerboard": checkerboard}[config.shape]().to(self.device)
         self.classes = config.groups if config.shape == "ring" else 2
         self.kinds = config.proxy.split("+")
         if self.mixture is None and set(self.kinds) & {"coarse", "odds"}:
@@ -98,6 +118,14 @@ class Plane(GenerationWorld):
             self.kept = self.sample(condition.to(self.device), lambda _, shape, kind="normal": (
                 torch.randn if kind == "normal" else torch.rand)(shape, generator=g).to(self.device)).view(self.classes, 256, 2)
 
+    @staticmethod
+    def _refuse_the_rings(config):
+        """Settings that only the ring has, and that would do nothing."""
+        rest = {f.name: f.default for f in dataclasses.fields(Plane.Config)}
+        for name in ("spread", "groups", "skewed", "tilt", "teacher"):
+            if getattr(config, name) != rest[name]:
+                raise UserError(f"env.{name}={getattr(config, name)} is for env.shape=ring\nleave it out with {config.shape}")
+
     def spec(self):
         proxies = self.proxies(tuple(functools.partial(self._proxy, kind) for kind in self.kinds))
         return Spec(sample_shape=(2,), classes=self.classes, points=self.config.points, exact=self.teacher, proxies=proxies)
@@ -105,24 +133,20 @@ class Plane(GenerationWorld):
     def _start(self):
         if self.config.shape != "ring" and self.config.start == "shipped":
             raise UserError(f"env.shape={self.config.shape}: the weights that are shipped were trained on the ring\n"
-                            "name a finished run on this env: policy.path=FOLDER; or, if nothing has to be learned from them, "
-                            "begin from random ones: env.start=none")
+                            "train some: env.start=own; or name a finished run on this env: policy.path=FOLDER; or, if nothing "
+                            "has to be learned from them, begin from random ones: env.start=none")
         return super()._start()
 
     def sample(self, condition, draw):
         n = len(condition)
         if self.mixture is not None:
             return self.mixture.sample(condition, draw("mode", (n,), "uniform"), draw("spread", (n, 2)))
-        u = draw("place", (n, 2), "uniform")
-        if self.config.shape == "checkerboard":  # 4 of the 8 filled squares lie in each half: column, then which of its two
-            column = (u[:, 0] * 2).floor() + 2 * condition - 2
-            row = (u[:, 1] * 2).floor() * 2 - 2 + (column % 2)
-            inside = torch.stack([(u[:, 0] * 2) % 1, (u[:, 1] * 2) % 1], 1)
-            return torch.stack([column, row], 1) + inside
-        angle = math.pi * u[:, 0]
-        upper = torch.stack([angle.cos() - 0.5, angle.sin() - 0.25], 1)
-        both = torch.where(condition[:, None] == 0, upper, -upper)
-        return both + 0.06 * draw("noise", (n, 2))
+        if self.config.shape == "moons":
+            return self.teacher.sample(condition, draw("mode", (n,), "uniform"), draw("noise", (n, 2)))
+        u = draw("place", (n, 2), "uniform")  # 4 of the 8 filled squares lie in each half: column, then which of its two
+        column = (u[:, 0] * 2).floor() + 2 * condition - 2
+        row = (u[:, 1] * 2).floor() * 2 - 2 + (column % 2)
+        return torch.stack([column, row], 1) + (u * 2) % 1
 
     def reward(self, x, condition):
         return sum(self._proxy(kind, x, condition) for kind in self.kinds)

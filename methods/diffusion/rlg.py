@@ -46,6 +46,9 @@ class RLG(FlowPolicy):
                 raise UserError(f"method.guidance={self.config.guidance}: with method.model=exact both velocities are taken as "
                                 "they are\nleave it at 1")
             self.use_exact()
+            if not hasattr(spec.exact, "tilted"):
+                raise UserError("method.model=exact: the tilt by exp(x_1) is known of mixtures, and this env's data is none\n"
+                                "take env=ring or env=moons, or a trained network: method.model=trained")
             direction = torch.zeros_like(spec.exact.means[0])
             direction[0] = 1.0
             self.tilted = spec.exact.tilted(direction, 1.0)

@@ -11,13 +11,16 @@ from token_methods import bare
 from envs.generation import metrics
 from envs.generation.exact import Mixture
 from envs.generation.metrics import energy_distance, frechet, mmd
-from envs.generation.plane import ring
+from envs.generation.plane import checkerboard, ring
 from methods.diffusion import flow
 from methods.diffusion.flow_grpo import FlowGRPO
 from methods.diffusion.grpo_guard import GRPOGuard
 from methods.diffusion.mlp import MLP
+from runner.catalogue import Catalogue
+from runner.compose import compose
 from runner.errors import UserError
 from runner.interface import Spec
+from runner.run import build
 
 
 @pytest.mark.parametrize(("kind", "amount"), [("ode", 0.0), ("flow", 0.7), ("flow", 0.3), ("dance", 0.3), ("cps", 0.8),
@@ -112,6 +115,44 @@ def test_the_exact_velocity_is_that_of_a_regression():
     weight = (-((x - (1 - t) * data) ** 2).sum(1) / (2 * t ** 2)).softmax(0)
     expected = (x - weight @ data) / t
     torch.testing.assert_close(mixture.velocity(x, t[None], condition[:1]), expected, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("t", [0.003, 0.05, 0.4, 0.9, 0.9995, 1.0])
+def test_boxes_denoise_by_their_posterior(t):
+    """Against sums over 20,000 places along each side of each square; at t = 1 nothing is known but the condition."""
+    board, g = checkerboard(), torch.Generator().manual_seed(0)
+    condition = torch.tensor([0, 1, 2, 0, 1])
+    start = board.low[torch.tensor([0, 5, 2, 3, 7])] + torch.rand(5, 2, generator=g).double()
+    x = (1 - t) * start + t * torch.randn(5, 2, generator=g).double()
+    places = board.low[:, :, None] + (torch.arange(20_000).double() + 0.5) / 20_000  # (squares, 2, places)
+    near = -0.5 * ((x[:, None, :, None] - (1 - t) * places) / t).square()  # separate along the two sides
+    share = (board.weight[condition].log() + near.logsumexp(-1).sum(-1)).softmax(1)
+    expected = (share[..., None] * (near.softmax(-1) * places).sum(-1)).sum(1)
+    found = board.denoise(x, torch.full((5,), t), condition)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    x.requires_grad_()
+    board.velocity(x, torch.full((5,), t), condition).square().sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("name", ["moons", "checkerboard"])
+def test_the_exact_velocity_of_a_plane_leads_to_its_data(name):
+    """50 Euler steps from noise under one condition: as near to the world's samples as other ones of them, and to those of the
+    other condition not at all."""
+    world = build(compose(["method=flow_matching", f"env={name}", "logger=none"], Catalogue()), "cpu")[1]
+    g, n = torch.Generator().manual_seed(0), 2000
+    condition = torch.zeros(n, dtype=torch.long)
+
+    def fresh(_, shape, kind="normal"):
+        return (torch.randn if kind == "normal" else torch.rand)(shape, generator=g)
+
+    true, other = world.sample(condition, fresh), world.sample(1 - condition, fresh)
+    x, times = torch.randn(n, 2, generator=g), flow.grid(50, 1.0)
+    for now, after in zip(times[:-1], times[1:]):
+        x = x + (after - now) * world.teacher.velocity(x, now.expand(n), condition)
+    again = world.sample(condition, fresh)
+    assert energy_distance(x, true) < energy_distance(again, true) + 0.004 < 0.02 * energy_distance(x, other)
+    assert torch.isfinite(world.teacher.log_density(true, condition)).all()
 
 
 def test_a_tilted_mixture_is_the_density_times_the_exponential():
