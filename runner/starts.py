@@ -21,9 +21,6 @@ def load(config, shipped: Path) -> dict[str, Tensor]:
     if config.start == "none":
         return {}
     if not config.own:
-        raise UserError("this env has no starting weights\nname a finished run on it: policy.path=FOLDER; or begin from random "
-                        "weights: env.start=none")
-    if not config.own:
         raise UserError("this env comes with no starting weights\nname a finished run on it: policy.path=FOLDER; or, if nothing "
                         "has to be learned from them, begin from random weights: env.start=none")
     path = shipped / f"{Path(config.own).parent.name}.safetensors" if config.start == "shipped" else \

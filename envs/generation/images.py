@@ -62,7 +62,7 @@ class Images(GenerationWorld):
         self.count, self.first = count, count.cumsum(0) - count  # rows are sorted by label
 
     def spec(self):
-        return Spec(sample_shape=self.shape, classes=self.classes, proxies=self.proxies(()))
+        return Spec(sample_shape=self.shape, classes=self.classes, proxies=self.proxies((self.reward,)))
 
     def provenance(self):
         return {**super().provenance(), "images": {k: len(x) for k, (x, _) in self.parts.items()}, "digest": self.digest,

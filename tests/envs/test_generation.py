@@ -76,8 +76,8 @@ def test_proxies_by_hand():
 
 @pytest.mark.parametrize("env", ["moons", "ring env.shape=checkerboard env.proxy=side"])
 def test_the_rings_start_is_no_start_of_another_shape(cli, env):
-    done = cli("method=dmd", *f"env={env}".split(), "size=smoke", "logger=none")
-    assert done.code == 2 and "were trained on the ring" in done.text, done.text
+    done = cli("method=flow_grpo", *f"env={env}".split(), "size=smoke", "logger=none")
+    assert done.code == 2 and "were trained on the ring" in done.text and "env.start=own" in done.text, done.text
 
 
 def test_flips_turn_that_share_of_the_conditions():
@@ -248,13 +248,33 @@ def test_images_are_learned_by_other_networks(cli, policy):
     assert done.code == 0, done.text
 
 
+@pytest.mark.parametrize("words", ["method=flow_grpo env=moons", "method=flow_dpo env=checkerboard",
+                                   "method=flow_rwr env=shapes"])
+def test_a_start_is_built_where_none_is_shipped(cli, words):
+    done = cli(*words.split(), "size=smoke", "logger=none", "loop.steps=2", "env.start=own")
+    assert done.code == 0, done.text
+
+
+def test_a_folders_images_have_no_start(cli, tmp_path):
+    from PIL import Image
+
+    for kind in "ab":
+        (tmp_path / kind).mkdir()
+        for i in range(30):
+            Image.new("L", (32, 32), 4 * i + (100 if kind == "a" else 0)).save(tmp_path / kind / f"{i}.png")
+    done = cli("method=flow_grpo", "env=imagefolder", f"env.path={tmp_path}", "size=smoke", "logger=none")
+    assert done.code == 2 and "comes with no starting weights" in done.text, done.text
+
+
 @pytest.mark.parametrize(("words", "said"), [
     ("method=flow_grpo env=ring policy.depth=2", "another shape than this network (blocks.1."),  # fewer blocks
     ("method=dmd env=ring method.teacher=start policy.width=64", "another shape than this network (enter.weight)"),
     ("method=consistency_distillation env=ring method.teacher=start policy.depth=2", "another shape than this network"),
-    ("method=dmd env=shapes", "comes with no starting weights\nname a finished run on it: policy.path=FOLDER"),
-    ("method=dmd env=moons", "name a finished run on this env: policy.path=FOLDER"),
-    ("method=dmd env=moons env.start=none", "a finished run of flow_matching on this env (policy.path=FOLDER)"),
+    ("method=dmd env=shapes", "no starting weights of this env are shipped: shapes.safetensors\nbuild them: env.start=own"),
+    ("method=flow_grpo env=moons", "name a finished run on this env: policy.path=FOLDER"),
+    ("method=dmd env=shapes env.start=none", "a finished run of flow_matching on this env (policy.path=FOLDER)"),
+    ("method=rlg env=checkerboard method.model=exact", "take env=ring or env=moons"),
+    ("method=flow_grpo env=moons env.tilt=1", "env.tilt=1.0 is for env.shape=ring"),
     ("method=rlg env=ring method.model=exact method.guidance=4", "both velocities are taken as they are"),
     ("method=r0 env=ring method.initial=random", "set method.initial=start, or anchor=0"),
     ("method=dmd env=ring method.lowest=20", "no level below method.highest"),
@@ -271,7 +291,7 @@ def test_starts_and_settings_that_do_not_serve_are_refused(cli, words, said):
 @pytest.mark.parametrize("method", ["dmd method.initial=start", "consistency_distillation", "r0 method.reward_weight=0.0 "
                                     "method.match_weight=1.0"])
 def test_a_finished_run_is_a_teacher_where_the_world_knows_none(cli, method):
-    common = ["env=moons", "size=smoke", "logger=none", "loop.steps=2"]
+    common = ["env=shapes", "size=smoke", "logger=none", "loop.steps=2"]
     assert cli("method=flow_matching", *common).code == 0
     run = next((cli.cwd / "runs").iterdir())
     done = cli(f"method={method.split()[0]}", *method.split()[1:], *common, f"policy.path={run}")

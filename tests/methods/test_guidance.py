@@ -6,6 +6,7 @@ import pytest
 import torch
 from token_methods import bare
 
+from envs.generation.images import Images
 from envs.generation.metrics import energy_distance
 from envs.generation.plane import Plane, ring
 from methods.diffusion.adaptive_guidance import AdaptiveGuidance
@@ -178,4 +179,4 @@ def test_nrg_follows_its_heads_gradient():
 
 def test_exact_models_are_refused_where_none_is_known():
     with pytest.raises(UserError, match="knows no exact velocity"):
-        exact(CFG, Plane(Plane.Config(shape="moons")))
+        exact(CFG, Images(Images.Config()))
