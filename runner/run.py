@@ -280,6 +280,9 @@ def _train(job, folder, fabric, method, world, stream, stack, quiet, command, be
                   "attempts": previous.get("attempts", 0) + 1}
         if world.provenance():
             shared["data"] = world.provenance()
+        begun = next((m.begun_from for m in method.modules() if hasattr(m, "begun_from")), None)
+        if begun:
+            shared["begun_from"] = begun  # the path alone does not say which weights lay there
         if stack:
             shared["batch"] = {"first": job.config["seed"], "seeds": len(jobs), "state": folder.name}
         for one, member in zip(every, jobs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from runner.errors import UserError, nearest
 def load_run(network: nn.Module, path: str, parts: tuple[str, ...]) -> nn.Module:
     """Fill `network` with the weights of a finished run: its folder, the file weights.safetensors in it, or what `export` wrote.
     parts: which of a method's modules it is, the first that is there. What the network tells by them (Method.kind) is kept as
-    `network.begun_as`, "" where the file does not say.
+    `network.begun_as`, "" where the file does not say; the file's digest, for the run's record, as `network.begun_from`.
 
     UserError: no weights there, or of another shape."""
     place = Path(path).expanduser()
@@ -39,6 +40,7 @@ def load_run(network: nn.Module, path: str, parts: tuple[str, ...]) -> nn.Module
                         f"it is {needed}\nset the policy's sizes as that run had them (policy.width, "
                         "…), and take an env like its own")
     network.load_state_dict(found)
+    network.begun_from = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     network.begun_as = said.get("kind") or json.loads(said.get("run", "{}")).get("kind", "")
     return network
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 
 import pytest
@@ -296,6 +298,9 @@ def test_a_finished_run_is_a_teacher_where_the_world_knows_none(cli, method):
     run = next((cli.cwd / "runs").iterdir())
     done = cli(f"method={method.split()[0]}", *method.split()[1:], *common, f"policy.path={run}")
     assert done.code == 0, done.text
+    begun = [json.loads((r / "run.json").read_text()).get("begun_from") for r in (cli.cwd / "runs").iterdir()]
+    digest = hashlib.sha256((run / "weights.safetensors").read_bytes()).hexdigest()
+    assert sorted(map(str, begun)) == sorted(["None", digest[:16]])
     done = cli("method=dmd", *common, f"policy.path={run}")
     assert done.code == 2 and "set method.initial=start" in done.text
 
