@@ -108,7 +108,7 @@ def test_effective_number():
 
 def test_digits_are_those_of_the_package_and_the_gold_classifier_knows_them():
     world = Images(Images.Config(start="none"))
-    assert world.spec() == Spec(sample_shape=(1, 8, 8), classes=10)
+    assert world.spec() == Spec(sample_shape=(1, 8, 8), classes=10, proxies=(world.reward,))
     assert sum(len(x) for x, _ in world.parts.values()) == 1797 and len(world.parts["generator"][0]) == 899
     assert all(x.abs().max() <= 1 for x, _ in world.parts.values())
     reference, label = world.parts["reference"]
@@ -175,7 +175,7 @@ def folder(path, **values):
 
 def test_a_folder_is_read_and_broken_files_are_named_and_counted(images):
     world = folder(images)
-    assert world.spec() == Spec(sample_shape=(3, 8, 8), classes=2)
+    assert world.spec() == Spec(sample_shape=(3, 8, 8), classes=2, proxies=(world.reward,))
     assert sum(len(x) for x, _ in world.parts.values()) == 48
     told = world.provenance()
     assert told["skipped"] == 2 and any("broken.png" in s for s in told["skipped_first"])
@@ -255,6 +255,12 @@ def test_images_are_learned_by_other_networks(cli, policy):
 def test_a_start_is_built_where_none_is_shipped(cli, words):
     done = cli(*words.split(), "size=smoke", "logger=none", "loop.steps=2", "env.start=own")
     assert done.code == 0, done.text
+
+
+@pytest.mark.parametrize("method", ["r0", "diff_instruct_star"])
+def test_an_images_proxy_can_be_differentiated(cli, method):
+    done = cli(f"method={method}", "env=digits", "size=smoke", "logger=none", "loop.steps=2")
+    assert done.code == 0 and "reward" in done.text, done.text
 
 
 def test_a_folders_images_have_no_start(cli, tmp_path):
