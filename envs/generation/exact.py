@@ -20,6 +20,16 @@ from torch import Tensor
 
 
 class Known:
+    noise = ""  # what `sample` is given besides a uniform number for each: normal or uniform ones, (n, d)
+
+    def sample(self, condition: Tensor, uniform: Tensor, noise: Tensor) -> Tensor:
+        """(n, d) from condition (n,), uniform (n,) in [0, 1), noise (n, d)."""
+        raise NotImplementedError
+
+    def part(self, condition: Tensor, uniform: Tensor) -> Tensor:
+        """Which of the K parts each sample is of, (n,), by their weights."""
+        return (uniform[:, None] >= self.weight.cumsum(1)[condition][:, :-1]).sum(1)
+
     def denoise(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """E[x0 | x_t = x], in rectified flow's terms: x (n, d), t (n,)."""
         raise NotImplementedError
@@ -34,6 +44,8 @@ class Known:
 class Mixture(Known):
     """means (K, d), std tau, weight (C + 1, K): of every condition, the last row that of no condition."""
 
+    noise = "normal"
+
     def __init__(self, means: Tensor, std: float, weight: Tensor):
         self.means, self.std = means, std
         self.weight = weight / weight.sum(1, keepdim=True)
@@ -41,11 +53,8 @@ class Mixture(Known):
     def to(self, device) -> Mixture:
         return Mixture(self.means.to(device), self.std, self.weight.to(device))
 
-    def sample(self, condition: Tensor, uniform: Tensor, normal: Tensor) -> Tensor:
-        """(n, d) from condition (n,), uniform (n,) in [0, 1), normal (n, d)."""
-        edges = self.weight.cumsum(1)[condition]
-        mode = (uniform[:, None] >= edges[:, :-1]).sum(1)
-        return self.means[mode] + self.std * normal
+    def sample(self, condition, uniform, noise):
+        return self.means[self.part(condition, uniform)] + self.std * noise
 
     def responsibilities(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """P(mode | x_t) (n, K)."""
@@ -79,6 +88,7 @@ class Mixture(Known):
 class Boxes(Known):
     """low, high (K, d): corners; weight (C + 1, K) as of a mixture. Computed in float64: its differences of tails need it."""
 
+    noise = "uniform"
     NARROW = 1e-3  # width in deviations below which a box is a point but for its second moment
 
     def __init__(self, low: Tensor, high: Tensor, weight: Tensor):
@@ -87,6 +97,10 @@ class Boxes(Known):
 
     def to(self, device) -> Boxes:
         return Boxes(self.low.to(device), self.high.to(device), self.weight.to(device))
+
+    def sample(self, condition, uniform, noise):
+        box = self.part(condition, uniform)
+        return (self.low[box] + (self.high - self.low)[box] * noise).to(noise.dtype)
 
     def denoise(self, x, t, condition):
         dtype, x, t = x.dtype, x.double()[:, None], t.double().view(-1, 1, 1)

@@ -102,11 +102,12 @@ class Plane(GenerationWorld):
             self.mixture = self.teacher = ring(config.spread, config.groups, config.skewed).to(self.device)
             if config.tilt:
                 self.mixture = self.teacher.tilted(torch.tensor([config.tilt, 0.0], device=self.device), 1.0)
+            self.truth = self.mixture
             if config.teacher == "reversed":
                 self.teacher = ring(config.spread, config.groups, config.skewed, backwards=True).to(self.device)
         else:
             self._refuse_the_rings(config)
-            self.teacher = {"moons": moons, "checkerboard": checkerboard}[config.shape]().to(self.device)
+            self.truth = self.teacher = {"moons": moons, "checkerboard": checkerboard}[config.shape]().to(self.device)
         self.classes = config.groups if config.shape == "ring" else 2
         self.kinds = config.proxy.split("+")
         if self.mixture is None and set(self.kinds) & {"coarse", "odds"}:
@@ -139,14 +140,7 @@ class Plane(GenerationWorld):
 
     def sample(self, condition, draw):
         n = len(condition)
-        if self.mixture is not None:
-            return self.mixture.sample(condition, draw("mode", (n,), "uniform"), draw("spread", (n, 2)))
-        if self.config.shape == "moons":
-            return self.teacher.sample(condition, draw("mode", (n,), "uniform"), draw("noise", (n, 2)))
-        u = draw("place", (n, 2), "uniform")  # 4 of the 8 filled squares lie in each half: column, then which of its two
-        column = (u[:, 0] * 2).floor() + 2 * condition - 2
-        row = (u[:, 1] * 2).floor() * 2 - 2 + (column % 2)
-        return torch.stack([column, row], 1) + (u * 2) % 1
+        return self.truth.sample(condition, draw("mode", (n,), "uniform"), draw("spread", (n, 2), self.truth.noise))
 
     def reward(self, x, condition):
         return sum(self._proxy(kind, x, condition) for kind in self.kinds)
