@@ -41,11 +41,6 @@ class Sample(NamedTuple):
     log_prob: Tensor | None = None
 
 
-def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """The sum of two penalties, either of which may be absent."""
-    return b if a is None else a if b is None else a + b
-
-
 class ActorCritic(Method):
     @dataclasses.dataclass(frozen=True)
     class Config:

@@ -31,7 +31,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from methods.control.base import add
+from methods.common.parts import add
 from methods.control.ddpg import DDPG
 from runner.interface import knob
 

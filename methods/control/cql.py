@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.common.networks import adam
-from methods.control.base import add
+from methods.common.parts import add
 from methods.control.soft import SoftActorCritic
 from runner.interface import knob
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from methods.control.base import add
+from methods.common.parts import add
 from methods.control.ddpg import DDPG
 from runner.interface import knob
 

@@ -24,7 +24,7 @@ import dataclasses
 import torch
 
 from methods.common.networks import EnsembleLinear, adam
-from methods.control.base import add
+from methods.common.parts import add
 from methods.control.ddpg import DDPG
 from runner.interface import knob
 

@@ -21,7 +21,8 @@ import dataclasses
 
 from torch import Tensor
 
-from methods.control.base import Sample, add
+from methods.common.parts import add
+from methods.control.base import Sample
 from methods.control.td3 import TD3
 from runner.interface import knob
 

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from methods.common.parts import add
 from methods.diffusion import flow
 from methods.diffusion.distillation import Distillation
 from runner.errors import UserError
@@ -87,7 +88,7 @@ class DMD2(Distillation):
             return other
         x_t, t, _ = self.noised("gan", rows.x)
         own = self.config.gan_weight * F.softplus(-self.logit(x_t, t, rows.condition)).mean()
-        return own if other is None else other + own
+        return add(other, own)
 
     def fake_loss(self, rows) -> Tensor:
         loss = super().fake_loss(rows)

@@ -13,6 +13,7 @@ import dataclasses
 
 from torch import Tensor
 
+from methods.common.parts import add
 from methods.diffusion.preferences import PairRegression
 from runner.interface import knob
 
@@ -43,4 +44,4 @@ class FlowRWR(PairRegression):
         if not self.config.velocity_kl:
             return more
         own = self.config.velocity_kl * (rows.v - self.reference_velocity(rows)).square().mean()
-        return own if more is None else more + own
+        return add(more, own)

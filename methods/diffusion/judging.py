@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from methods.common.networks import adam
+from methods.common.parts import add
 from methods.diffusion.base import Generator
 from methods.diffusion.rater import Rater
 from runner.interface import Spec, knob
@@ -68,7 +69,7 @@ class Judging(Generator):
         winner, loser = self.rating(x, batch["condition"].repeat(2)).float().chunk(2)
         rows = SimpleNamespace(winner=winner, loser=loser, tie=batch["tie"], told={})
         loss, penalty = self.loss(rows), self.penalty(rows)
-        self.advance(loss if penalty is None else loss + penalty)
+        self.advance(add(loss, penalty))
         if self.smoothed is not None:
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.smoothed.parameters()), list(self.rating.parameters()), 1 - self.config.average)

@@ -38,6 +38,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from methods.common.parts import add
 from methods.diffusion import flow
 from methods.diffusion.base import Generator
 from runner.errors import UserError
@@ -219,7 +220,7 @@ class FlowPolicy(Generator):
                         advantage=batch["advantage"][index], t=self.grid(self.config.steps)[low:high],
                         by=self.table().of(slice(low, high)))
         loss, penalty, log_ratio = self.objective(rows)
-        self.advance(loss if penalty is None else loss + penalty, pace)
+        self.advance(add(loss, penalty), pace)
         self.after_update(rows)
         told = {"loss": loss.detach(), **(self.tell(log_ratio.detach(), rows) if telling else {})}
         return told if penalty is None else {**told, "penalty": penalty.detach()}

@@ -29,6 +29,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from methods.common.parts import add
 from methods.diffusion import flow
 from methods.diffusion.distillation import Distillation
 from runner.errors import UserError
@@ -123,7 +124,3 @@ class R0(Distillation):
                 scale = (2 * c.learning_rate * c.temperature) ** 0.5
                 for number, p in enumerate(own):
                     p.add_(scale * self.noise(f"langevin{number}", tuple(p.shape)))
-
-
-def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return a if b is None else b if a is None else a + b

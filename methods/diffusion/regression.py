@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from methods.common.parts import add
 from methods.diffusion import flow
 from methods.diffusion.base import Generator
 from runner.interface import knob
@@ -47,7 +48,7 @@ class Regression(Generator):
         rows.error = self.error(rows)
         loss = self.loss(rows)
         penalty = self.penalty(rows)
-        self.advance(loss if penalty is None else loss + penalty)
+        self.advance(add(loss, penalty))
         self.after_update(rows)
         return {"loss": loss.detach(), **rows.told}
 
