@@ -23,6 +23,8 @@ from runner.compose import compose  # noqa: E402
 from runner.fabric import fabric_class  # noqa: E402
 from runner.run import execute, folder_of  # noqa: E402
 
+SAVED = 5  # lines after which a checkpoint is there, with loop.log_every=5 and loop.save_steps=17
+
 
 def child(words: list[str]) -> int:
     pid = os.fork()
@@ -53,7 +55,9 @@ def run(runs: Path, kills: int, seed: int, words: list[str]) -> dict:
     total = lines(runs / "whole" / folder.name / "metrics.jsonl")
     dice, killed = random.Random(seed), []
     words = [*words, f"runs={runs / 'broken'}"]
-    for target in sorted(dice.sample(range(2, total - 1), kills)):
+    late = dice.sample(range(SAVED, total - 1), kills - 1)
+    first = dice.choice([n for n in range(2, total - 1) if n not in late])  # may come before anything is saved, the others not
+    for target in sorted([first, *late]):
         pid = child(words)
         while lines(folder / "metrics.jsonl") < target:
             assert os.waitpid(pid, os.WNOHANG)[0] == 0, "the child ended before it could be killed"
